@@ -1,0 +1,1 @@
+"""What every part of Trimtab agrees on: the kinds, their names, their conditions, and what crosses a pod's wall."""

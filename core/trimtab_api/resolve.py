@@ -1,0 +1,51 @@
+"""What a FineTuneJob leaves open, decided the same way by the operator and by a run without a cluster."""
+
+from __future__ import annotations
+
+import math
+
+from trimtab_api.v1alpha1.finetunejob import FineTuneJobSpec, ResolvedFineTune, Scratch
+
+GLOBAL_BATCH = 16
+"""Smallest global batch that the default accumulation reaches, in rows (ms-swift's default)."""
+
+GPU_RESOURCE = "nvidia.com/gpu"
+
+
+def resolve(spec: FineTuneJobSpec, image: str | None = None, output_uri: str | None = None) -> ResolvedFineTune:
+    """Fill in what the spec leaves open. Pure; the same spec gives the same answer."""
+    tuner = spec.tuner.type or ("full" if spec.model.scratch else "lora")
+    processes = processes_per_node(spec)
+    world = spec.distributed.nodes * processes
+    one_pass = world * spec.training.per_device_batch_size
+    accumulation = spec.training.gradient_accumulation_steps or math.ceil(GLOBAL_BATCH / one_pass)
+    truncation = spec.dataset.truncation
+    loss = spec.dataset.loss
+    pretrain = spec.method == "pretrain"
+    return ResolvedFineTune(
+        image=image,
+        tuner_type=tuner,
+        learning_rate=spec.training.learning_rate or default_learning_rate(tuner, spec.model.scratch),
+        truncation=truncation if truncation != "auto" else ("split" if pretrain else "delete"),
+        loss=loss if loss != "auto" else ("all" if pretrain else "assistant"),
+        processes_per_node=processes,
+        world_size=world,
+        gradient_accumulation_steps=accumulation,
+        global_batch_size=one_pass * accumulation,
+        output_uri=output_uri,
+    )
+
+
+def processes_per_node(spec: FineTuneJobSpec) -> int:
+    """Processes in each pod: as asked for, else one per GPU of the pod, else one."""
+    if spec.distributed.processes_per_node is not None:
+        return spec.distributed.processes_per_node
+    gpus = spec.pod.resources.limits.get(GPU_RESOURCE, 1)
+    return max(1, int(gpus)) if str(gpus).isdigit() else 1
+
+
+def default_learning_rate(tuner: str, scratch: Scratch | None) -> float:
+    """1e-4 for adapters and 1e-5 for full tuning (ms-swift); random weights want 1e-3, large ones 3e-4."""
+    if scratch is not None:
+        return 1e-3 if scratch.hidden_size <= 1024 else 3e-4
+    return 1e-4 if tuner == "lora" else 1e-5

@@ -1,0 +1,193 @@
+"""MergeJob: one or more adapters folded into their base, shard by shard."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+from trimtab_api.schema import LIST_ATOMIC, Column, Model, ObjectMeta, Resource, Rule, list_map, rules
+from trimtab_api.v1alpha1.finetunejob import Output
+from trimtab_api.v1alpha1.pod import Pod
+from trimtab_api.v1alpha1.source import ModelSource, Storage
+from trimtab_api.v1alpha1.status import Artifact, Condition, Message, PinnedInput, Time
+
+
+class MergeAdapter(Model):
+    """One adapter and its share."""
+
+    from_: Annotated[ModelSource, Field(alias="from")]
+    """Where the adapter comes from."""
+    weight: Annotated[float, Field(ge=-16, le=16)] = 1
+    """Factor of its update; 1 folds it in as it was trained."""
+
+
+class Verification(Model):
+    """The check that the merged model answers as base and adapter do together."""
+
+    enabled: bool = True
+    """Compare the logits of base and adapter with those of the merged model before publishing."""
+    tolerance: Annotated[float | None, Field(gt=0, le=10)] = None
+    """Largest difference of logits that is accepted; by default what the dtype's rounding explains."""
+
+
+_FIXED = "has(oldSelf.status) && has(oldSelf.status.startTime)"
+
+
+def _fixed(field: str) -> Rule:
+    same = (
+        f"(has(self.spec.{field}) == has(oldSelf.spec.{field}) && "
+        f"(!has(self.spec.{field}) || self.spec.{field} == oldSelf.spec.{field}))"
+    )
+    return Rule(
+        f"!({_FIXED}) || {same}",
+        "may not change once the job has started: delete the job, or apply it under another name",
+        field_path=f".spec.{field}",
+    )
+
+
+class MergeJobSpec(Model):
+    """What to fold into what."""
+
+    adapters: Annotated[list[MergeAdapter], Field(min_length=1, max_length=8, json_schema_extra=LIST_ATOMIC)]
+    """The adapters; their updates add up."""
+    base: ModelSource | None = None
+    """The model to fold into; by default the one that the adapters were trained on."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Type of the merged weights; auto is the base's."""
+    max_shard_size: Annotated[
+        str,
+        Field(
+            max_length=16,
+            json_schema_extra=rules(
+                Rule(r"self.matches('^[1-9][0-9]{0,4}(MB|GB)$')", "must be a size such as 500MB or 4GB")
+            ),
+        ),
+    ] = "4GB"
+    """Largest file of the merged model."""
+    verify: Verification = Field(default_factory=Verification)
+    """The check before publishing."""
+    output: Output = Field(default_factory=Output)
+    """Where the merged model goes."""
+    storage: Storage | None = None
+    """How to reach object storage, for every source and the output that do not say otherwise."""
+    pod: Pod = Field(default_factory=Pod)
+    """How the pod runs."""
+    suspend: bool = False
+    """true stops the work and keeps it stopped; false lets it go on."""
+    retries: Annotated[int, Field(ge=0, le=100)] = 3
+    """Further pods after a failure that may pass by itself."""
+    active_deadline_seconds: Annotated[int | None, Field(ge=1, le=31_536_000)] = None
+    """Longest time from start to end, in seconds."""
+    ttl_seconds_after_finished: Annotated[int | None, Field(ge=0, le=31_536_000)] = None
+    """The resource is deleted this long after its end, in seconds. What it made in storage stays."""
+
+
+class MergeProgress(Model):
+    """How far the merge is."""
+
+    shard: Annotated[int, Field(ge=0)] = 0
+    """Shards written."""
+    total_shards: Annotated[int, Field(ge=0)] = 0
+    """Shards in all."""
+    shards: Annotated[str, Field(max_length=32)] = ""
+    """The two in one text, for the SHARD column: 3/14."""
+    updated_time: Time | None = None
+    """When the pod said so."""
+
+
+class ResolvedMerge(Model):
+    """What was left to Trimtab, as it was decided."""
+
+    image: Annotated[str | None, Field(max_length=512)] = None
+    """Trainer image, pinned at the start."""
+    output_uri: Annotated[str | None, Field(max_length=1100)] = None
+    """Prefix of everything that this job writes."""
+    inputs: Annotated[list[PinnedInput], Field(max_length=16, json_schema_extra=list_map("field"))] = Field(
+        default_factory=list
+    )
+    """The inputs as they were when the work began."""
+
+
+class MergeJobStatus(Model):
+    """What is known of the job."""
+
+    observed_generation: Annotated[int, Field(ge=0)] = 0
+    """The generation of spec that this status is about."""
+    conditions: Annotated[list[Condition], Field(max_length=16, json_schema_extra=list_map("type"))] = Field(
+        default_factory=list
+    )
+    """Observations; Succeeded leads."""
+    start_time: Time | None = None
+    """When the work began; from then on spec is fixed."""
+    completion_time: Time | None = None
+    """When it ended."""
+    attempt: Annotated[int, Field(ge=0, le=999)] = 0
+    """Pods started so far."""
+    progress: MergeProgress | None = None
+    """How far it is."""
+    last_failure: Message | None = None
+    """What the last failed pod said."""
+    resolved: ResolvedMerge | None = None
+    """What was left to Trimtab, as it was decided."""
+    artifact: Artifact | None = None
+    """The merged model."""
+
+
+class MergeJob(Model):
+    """Folds adapters into their base and publishes a whole model in object storage."""
+
+    model_config = ConfigDict(
+        extra="ignore",
+        json_schema_extra=rules(
+            *(
+                _fixed(field)
+                for field in (
+                    "adapters", "base", "dtype", "maxShardSize", "verify", "output", "storage", "pod", "retries",
+                    "activeDeadlineSeconds",
+                )
+            )
+        ),
+    )  # fmt: skip
+
+    metadata: ObjectMeta
+    spec: MergeJobSpec
+    """What to fold into what."""
+    status: MergeJobStatus | None = None
+    """What is known of the job."""
+
+
+MERGE_JOB = Resource(
+    kind="MergeJob",
+    plural="mergejobs",
+    short_names=("mj",),
+    model=MergeJob,
+    columns=(
+        Column(
+            name="STATE",
+            type="string",
+            json_path='.status.conditions[?(@.type=="Succeeded")].reason',
+            description="Reason of the condition Succeeded.",
+        ),
+        Column(
+            name="SHARD",
+            type="string",
+            json_path=".status.progress.shards",
+            description="Shards done and in all.",
+        ),
+        Column(name="ATTEMPT", type="integer", json_path=".status.attempt", description="Pods started."),
+        Column(
+            name="AGE",
+            type="date",
+            json_path=".metadata.creationTimestamp",
+            description="Time since creation.",
+        ),
+        Column(
+            name="MESSAGE",
+            type="string",
+            json_path='.status.conditions[?(@.type=="Succeeded")].message',
+            description="Message of the condition Succeeded.",
+            priority=1,
+        ),
+    ),
+)
