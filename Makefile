@@ -12,7 +12,7 @@ UV_VERSION := 0.13.9
 UV := $(TRIMTAB_CACHE)/uv-$(UV_VERSION)/bin/uv
 
 # The development environment is keyed by what it holds, outside the tree.
-VENV := $(TRIMTAB_CACHE)/venv-$(shell cat locks/dev.txt pyproject.toml 2>/dev/null | sha256sum | cut -c1-12)
+VENV := $(TRIMTAB_CACHE)/venv-$(shell sha256sum < locks/dev.txt | cut -c1-12)
 PYTHON := $(VENV)/bin/python
 export PYTHONPATH := core:operator:trainer_image:server_image:.
 PYTEST := $(PYTHON) -m pytest
