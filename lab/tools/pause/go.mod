@@ -1,0 +1,3 @@
+module trimtab.dev/lab/tools/pause
+
+go 1.26.0
