@@ -6,8 +6,9 @@ import time
 
 import psutil
 import pytest
-from conftest import Workspace, eventually
+
 from demo import ask
+from tests.e2e.workspace import Workspace, eventually
 
 CHAT = "chat-server"
 

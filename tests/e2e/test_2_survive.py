@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from conftest import Workspace, eventually, example, workspace_named
+
 from demo.cluster import Cluster, lab
 from demo.install import NAMESPACE
+from tests.e2e.workspace import Workspace, eventually, example, workspace_named
 
 STEPS = 300
 

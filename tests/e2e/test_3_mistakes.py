@@ -1,4 +1,4 @@
-"""Mistakes that only the cluster can find: a sentence within 30 s, no accelerator held, and mending the cause is enough."""
+"""Mistakes that only the cluster can find: a sentence within 30 s, nothing held, and mending the cause is enough."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from conftest import Workspace, example, s3, workspace_named
+
 from demo.cluster import Cluster
 from demo.install import SECRET
+from tests.e2e.workspace import Workspace, example, s3, workspace_named
 
 KNOWABLE = 45
 """30 s from when it is knowable, and a pod's start before that."""
