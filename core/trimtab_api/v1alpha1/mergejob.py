@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 from trimtab_api.schema import LIST_ATOMIC, Column, Model, ObjectMeta, Resource, Rule, list_map, rules
-from trimtab_api.v1alpha1.finetunejob import Output
+from trimtab_api.v1alpha1.finetunejob import Attempt, Output
 from trimtab_api.v1alpha1.pod import Pod
 from trimtab_api.v1alpha1.source import ModelSource, Storage
 from trimtab_api.v1alpha1.status import Artifact, Condition, Message, PinnedInput, Time
@@ -119,11 +119,19 @@ class MergeJobStatus(Model):
     )
     """Observations; Succeeded leads."""
     start_time: Time | None = None
-    """When the work began; from then on spec is fixed."""
+    """When a pod first got past its inputs; from then on spec is fixed."""
     completion_time: Time | None = None
     """When it ended."""
     attempt: Annotated[int, Field(ge=0, le=999)] = 0
-    """Pods started so far."""
+    """Number of the newest attempt; looking again after a mistake in the inputs is no new one."""
+    failures: Annotated[int, Field(ge=0, le=999)] = 0
+    """Attempts that counted against retries."""
+    preemptions: Annotated[int, Field(ge=0, le=999)] = 0
+    """Attempts that ended because a pod was told to leave; they cost no retry."""
+    attempts: Annotated[list[Attempt], Field(max_length=16, json_schema_extra=list_map("number"))] = Field(
+        default_factory=list
+    )
+    """The newest attempts."""
     progress: MergeProgress | None = None
     """How far it is."""
     last_failure: Message | None = None
@@ -175,7 +183,7 @@ MERGE_JOB = Resource(
             json_path=".status.progress.shards",
             description="Shards done and in all.",
         ),
-        Column(name="ATTEMPT", type="integer", json_path=".status.attempt", description="Pods started."),
+        Column(name="ATTEMPT", type="integer", json_path=".status.attempt", description="Number of the newest attempt."),
         Column(
             name="AGE",
             type="date",

@@ -141,6 +141,8 @@ class ResolvedServing(Model):
     """Room for adapters up to this rank; 0 when there is none."""
     max_loras: Annotated[int, Field(ge=0, le=256)] = 0
     """Adapters in one batch."""
+    max_cpu_loras: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Adapters that the engine keeps in host memory."""
 
 
 class ModelDeploymentStatus(Model):
