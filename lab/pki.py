@@ -38,6 +38,7 @@ class Authority:
             return
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         _key(self.key)
+        _key(self.token_key)
         partial = self.certificate.with_suffix(".partial")
         run(
             ["openssl", "req", "-x509", "-new", "-key", self.key, "-out", partial, "-days", _DAYS,
@@ -70,12 +71,10 @@ class Authority:
         partial.rename(pair.certificate)
         return pair
 
+    @property
     def token_key(self) -> Path:
-        """Return the key that signs ServiceAccount tokens, made unless it is there."""
-        key = self.folder / "service-accounts.key"
-        if not key.exists():
-            _key(key)
-        return key
+        """The key that signs ServiceAccount tokens."""
+        return self.folder / "service-accounts.key"
 
 
 def _key(path: Path) -> None:

@@ -24,14 +24,14 @@ class Process:
 
     Args:
         name: What it is called in `status`, `logs`, `stop` and `start`.
-        argv: Program and arguments.
+        argv: Program and arguments; each is written out by str().
         state: Folder that holds `logs/` and `run/`.
         env: Its environment, beside PATH and HOME. It gets nothing else: a proxy of this computer is not its business.
         tied: Whether it must die with the process that started it (for tests that may be killed).
     """
 
     name: str
-    argv: Sequence[str | Path]
+    argv: Sequence[object]
     state: Path
     env: Mapping[str, str] = field(default_factory=dict)
     tied: bool = False

@@ -1,15 +1,13 @@
 """The programs of the cluster, built from pinned Go modules and cached by what they are built from."""
 
-import fcntl
 import hashlib
-import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lab import golang, paths
+from lab.lock import alone
 from lab.report import LabError, say, span, step
 from lab.run import run
 
@@ -46,6 +44,10 @@ class Tool:
         for file in sorted((paths.TOOLS / self.group).iterdir()):
             said.update(file.name.encode() + b"\0" + file.read_bytes())
         return said.hexdigest()[:16]
+
+
+CNI = ("bridge", "loopback", "host-local", "portmap")
+"""Network plug-ins: kept off PATH, where `bridge` is another program's name."""
 
 
 def _kubernetes(name: str, seconds: int) -> Tool:
@@ -98,7 +100,7 @@ def ensure(names: Sequence[str] = tuple(ALL)) -> dict[str, Path]:
     wanted = {name: _place(ALL[name], version) for name in names}
     if all(path.exists() for path in wanted.values()):
         return wanted
-    with _alone("tools"):
+    with alone("tools"):
         missing = [ALL[name] for name, path in wanted.items() if not path.exists()]
         left = sum(tool.seconds for tool in missing)
         say(f"{len(missing)} programs to build, about {span(left)} in all on two cores; cached afterwards")
@@ -125,7 +127,7 @@ def manifests() -> Path:
     digest = hashlib.sha256((paths.TOOLS / "training-operator" / "go.sum").read_bytes()).hexdigest()[:16]
     place = paths.cache() / "bin" / "training-operator-manifests" / digest
     if not place.exists():
-        with _alone("tools"), step("fetching training-operator's manifests"):
+        with alone("tools"), step("fetching training-operator's manifests"):
             module = "github.com/kubeflow/training-operator"
             go, cwd, env = golang.find(), paths.TOOLS / "training-operator", golang.environment()
             run([go, "mod", "download", module], cwd=cwd, env=env, timeout=600)
@@ -136,9 +138,18 @@ def manifests() -> Path:
     return place
 
 
+def key() -> str:
+    """Return a digest of all that the programs are built from."""
+    version = ".".join(map(str, golang.version_of(golang.find())))
+    return hashlib.sha256("".join(tool.key(version) for tool in ALL.values()).encode()).hexdigest()[:16]
+
+
 def drop_build_caches() -> None:
     """Remove downloaded modules and compiled objects (about 6 GB): once all programs stand, nothing needs them."""
-    shutil.rmtree(paths.cache() / "go", ignore_errors=True)
+    folder = paths.cache() / "go"
+    if folder.exists():
+        with alone("tools"):
+            shutil.rmtree(folder)
 
 
 def _place(tool: Tool, go_version: str) -> Path:
@@ -172,18 +183,3 @@ def _publish(partial: Path, place: Path) -> None:
     kept = sorted(place.parent.iterdir(), key=lambda each: each.stat().st_mtime, reverse=True)[:2]
     for old in set(place.parent.iterdir()) - {*kept, place}:
         shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def _alone(what: str) -> Iterator[None]:
-    """Hold a lock that falls with the process, so that two labs never build the same thing at once."""
-    lock = paths.cache() / f"{what}.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"waiting for another lab that holds {lock}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(str(os.getpid()))
-        yield
