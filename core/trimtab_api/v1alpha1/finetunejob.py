@@ -222,6 +222,16 @@ class Tuner(Model):
 class Scheduler(Model):
     """How the learning rate moves."""
 
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            Rule(
+                "!has(self.minLearningRate) || self.type == 'cosine'",
+                "leave it out, or set type: cosine: the other shapes have no floor",
+                field_path=".minLearningRate",
+            )
+        )
+    )
+
     type: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape after the warm-up."""
     warmup: Annotated[float, Field(ge=0, le=1_000_000)] = 0.05
@@ -232,6 +242,17 @@ class Scheduler(Model):
 
 class Training(Model):
     """The optimisation."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            Rule(
+                "!has(self.learningRate) || !has(self.scheduler.minLearningRate) || "
+                "self.scheduler.minLearningRate <= self.learningRate",
+                "must not exceed learningRate: it is the floor that the rate falls to",
+                field_path=".scheduler.minLearningRate",
+            )
+        )
+    )
 
     epochs: Annotated[float, Field(gt=0, le=10000)] = 1
     """Passes over the rows; maxSteps wins when it is given."""
@@ -333,6 +354,11 @@ class FineTuneJobSpec(Model):
                 "!has(self.model.scratch) || !has(self.tuner.lora)",
                 "remove it: random weights have no base to adapt",
                 field_path=".tuner.lora",
+            ),
+            Rule(
+                "!has(self.model.scratch) || self.dataset.maxLength <= self.model.scratch.maxLength",
+                "must not exceed model.scratch.maxLength, the longest sequence that the model is made for",
+                field_path=".dataset.maxLength",
             ),
             Rule(
                 "self.method == 'pretrain' || !has(self.dataset.truncation) || self.dataset.truncation != 'split'",

@@ -18,7 +18,16 @@ class MergeAdapter(Model):
 
     from_: Annotated[ModelSource, Field(alias="from")]
     """Where the adapter comes from."""
-    weight: Annotated[float, Field(ge=-16, le=16)] = 1
+    weight: Annotated[
+        float,
+        Field(
+            ge=-16,
+            le=16,
+            json_schema_extra=rules(
+                Rule("self != 0.0", "must not be 0: the adapter would change nothing; remove it from adapters instead")
+            ),
+        ),
+    ] = 1
     """Factor of its update; 1 folds it in as it was trained."""
 
 
@@ -183,7 +192,9 @@ MERGE_JOB = Resource(
             json_path=".status.progress.shards",
             description="Shards done and in all.",
         ),
-        Column(name="ATTEMPT", type="integer", json_path=".status.attempt", description="Number of the newest attempt."),
+        Column(
+            name="ATTEMPT", type="integer", json_path=".status.attempt", description="Number of the newest attempt."
+        ),
         Column(
             name="AGE",
             type="date",

@@ -87,11 +87,17 @@ class ModelDeploymentSpec(Model):
     model_config = ConfigDict(
         json_schema_extra=rules(
             Rule(
+                "!has(self.adapters) || "
+                "self.adapters.all(one, self.adapters.exists_one(other, other.name == one.name))",
+                "names two adapters alike: give each adapter a name of its own",
+                field_path=".adapters",
+            ),
+            Rule(
                 "!has(self.adapters) || !has(self.model.name) || "
                 "!self.adapters.exists(adapter, adapter.name == self.model.name)",
                 "names an adapter as the model is named: clients could not tell them apart",
                 field_path=".adapters",
-            )
+            ),
         )
     )
 
@@ -179,7 +185,21 @@ class ModelDeploymentStatus(Model):
 class ModelDeployment(Model):
     """Serves a model and its adapters to OpenAI clients."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(
+        extra="ignore",
+        json_schema_extra=rules(
+            # An unchanged spec passes, so that the rule never refuses a status write or a deletion.
+            Rule(
+                "oldSelf.hasValue() && oldSelf.value().spec == self.spec || has(self.spec.model.name) || "
+                "!has(self.spec.adapters) || "
+                "!self.spec.adapters.exists(adapter, adapter.name == self.metadata.name)",
+                "names an adapter as the resource: without model.name the base is served under that name; "
+                "set model.name",
+                field_path=".spec.adapters",
+                optional_old_self=True,
+            )
+        ),
+    )
 
     metadata: ObjectMeta
     spec: ModelDeploymentSpec

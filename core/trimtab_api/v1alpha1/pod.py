@@ -16,6 +16,7 @@ Quantity = Annotated[
             "x-kubernetes-int-or-string": True,
             "pattern": r"^([0-9]+|[0-9]*\.[0-9]+)(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$",
             "maxLength": 32,
+            "minimum": 0,
         }
     ),
 ]
@@ -23,9 +24,20 @@ Quantity = Annotated[
 
 CODE_LOADING = (
     "PYTHONPATH", "PYTHONSTARTUP", "PYTHONHOME", "PYTHONUSERBASE", "PYTHONINSPECT", "PYTHONBREAKPOINT",
-    "PYTHONWARNINGS", "PYTHONEXECUTABLE", "LD_PRELOAD", "LD_LIBRARY_PATH", "LD_AUDIT", "PATH", "BASH_ENV", "ENV",
+    "PYTHONWARNINGS", "PYTHONEXECUTABLE", "PYTHONPLATLIBDIR", "PYTHONPYCACHEPREFIX", "PATH", "BASH_ENV", "ENV",
+    "GCONV_PATH", "OPENSSL_CONF", "OPENSSL_ENGINES", "OPENSSL_MODULES", "AWS_CONFIG_FILE", "VLLM_PLUGINS",
 )  # fmt: skip
-"""Names of environment variables that make a program load other code; `pod.env` may not set them."""
+"""Names of environment variables that make a program load other code, beside all that begin with LD_; `pod.env` may
+not set them."""
+
+GANG = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+"""Names that the training operator and torchrun set, beside all that begin with PET_."""
+
+TAKEN_PATHS = (
+    "/bin", "/dev", "/etc", "/lib", "/lib64", "/opt", "/proc", "/run", "/sbin", "/sys", "/tmp", "/usr", "/var",  # noqa: S108
+    "/work",
+)  # fmt: skip
+"""Folders of the image, and Trimtab's own mounts; no claim may lie on or below them."""
 
 
 class ResourceAmounts(Model):
@@ -63,9 +75,13 @@ class EnvVar(Model):
             pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
             json_schema_extra=rules(
                 Rule(
-                    f"!(self in {sorted(CODE_LOADING)!r})".replace('"', "'"),
+                    f"!(self in {sorted(CODE_LOADING)!r}) && !self.startsWith('LD_')",
                     "may not be set: it makes the program load other code; build an image of your own instead",
-                )
+                ),
+                Rule(
+                    f"!(self in {sorted(GANG)!r}) && !self.startsWith('PET_')",
+                    "may not be set: it follows from spec.distributed",
+                ),
             ),
         ),
     ]
@@ -86,8 +102,10 @@ class ClaimMount(Model):
             max_length=512,
             json_schema_extra=rules(
                 Rule(
-                    "self.startsWith('/') && !self.startsWith('/var/run/trimtab') && !self.startsWith('/opt/')",
-                    "must be an absolute path outside /var/run/trimtab and /opt",
+                    "self.matches('^(/[A-Za-z0-9._-]+)+/?$') && !self.split('/').exists(part, part == '..') && "
+                    f"!{sorted(TAKEN_PATHS)!r}.exists(taken, self == taken || self.startsWith(taken + '/'))",
+                    "must be an absolute path of letters, digits, '.', '_' and '-', such as /mnt/data, outside "
+                    + ", ".join(sorted(TAKEN_PATHS)),
                 )
             ),
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from trimtab_api.schema import Model, OneOf, Rule, rules
 
@@ -64,12 +64,26 @@ class Credentials(Model):
 class Storage(Model):
     """How to reach an S3-compatible object storage. What is left out comes from the installation's default."""
 
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            Rule(
+                "!has(self.anonymous) || !self.anonymous || !has(self.credentials)",
+                "leave it out, or set anonymous: false: unsigned requests use no keys",
+                field_path=".credentials",
+            )
+        )
+    )
+
     endpoint: Annotated[
         str | None,
         Field(
             max_length=512,
             json_schema_extra=rules(
-                Rule(r"self.matches('^https?://[^/]+/?$')", "must be http://HOST:PORT or https://HOST:PORT")
+                Rule(
+                    r"self.matches('^https?://[^/@?#\\s]+/?$')",
+                    "must be http://HOST:PORT or https://HOST:PORT; keys belong into the Secret that "
+                    "storage.credentials names",
+                )
             ),
         ),
     ] = None
