@@ -100,10 +100,14 @@ class StorageUnreachable(StorageError):
 
 
 class ShortRead(StorageError):
-    """Fewer bytes than promised: by the server for this answer, or by the manifest for the object."""
+    """Fewer bytes than the server promised for this answer, again and again."""
 
     transient = True
     reason = Reason.DIGEST_MISMATCH
+
+
+class UploadLost(StorageError):
+    """The server forgot a multi-part upload, as servers do that keep the parts in memory and are restarted."""
 
 
 class ObjectChanged(StorageError):
@@ -195,16 +199,37 @@ _CODES: dict[str, tuple[type[StorageError], str, str]] = {
     "AllAccessDisabled": (AccessDenied, "all access is switched off", "ask the storage's owner"),
     "InvalidBucketName": (UriInvalid, "this cannot be a bucket's name", "correct the uri"),
     "KeyTooLongError": (UriInvalid, "the key is longer than 1024 bytes", "shorten the uri"),
-    "InvalidRange": (ShortRead, "the object is shorter than the range asked for", "publish it again"),
+    "InvalidRange": (DigestMismatch, "the object is shorter than the range asked for", "publish it again"),
+    "UnsupportedAlgorithm": (
+        AccessDenied,
+        "the storage takes no request of this form",
+        "name a Secret in storage.credentials",
+    ),
+    "NoSuchUpload": (UploadLost, "the storage has forgotten the upload", "start it again"),
     "PreconditionFailed": (ObjectChanged, "the object was replaced while it was read", "start again"),
     "EntityTooLarge": (StorageError, "the object is larger than the storage takes", "use smaller files"),
     "QuotaExceeded": (StorageError, "the storage's quota is used up", "free some room in the storage"),
 }
 
 _TRANSIENT_CODES = frozenset(
-    "SlowDown InternalError ServiceUnavailable RequestTimeout RequestTimeoutException Throttling ThrottlingException "
-    "TooManyRequests TooManyRequestsException BadDigest IncompleteBody XAmzContentSHA256Mismatch OperationAborted "
-    "BandwidthLimitExceeded RequestLimitExceeded PriorRequestNotComplete".split()
+    {
+        "BadDigest",
+        "BandwidthLimitExceeded",
+        "IncompleteBody",
+        "InternalError",
+        "OperationAborted",
+        "PriorRequestNotComplete",
+        "RequestLimitExceeded",
+        "RequestTimeout",
+        "RequestTimeoutException",
+        "ServiceUnavailable",
+        "SlowDown",
+        "Throttling",
+        "ThrottlingException",
+        "TooManyRequests",
+        "TooManyRequestsException",
+        "XAmzContentSHA256Mismatch",
+    }
 )
 
 _NOT_ANSWERED = (
@@ -221,6 +246,9 @@ _NOT_ANSWERED = (
 
 BOUNDARY: tuple[type[Exception], ...] = (boto.BotoCoreError, boto.ClientError, *_NOT_ANSWERED)
 """Every exception that a request may end with before it is converted."""
+
+ANY: tuple[type[Exception], ...] = (StorageError, *BOUNDARY)
+"""The same, and what was converted further below."""
 
 
 def converted(error: Exception, uri: str, action: str) -> StorageError:
