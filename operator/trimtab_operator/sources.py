@@ -1,0 +1,152 @@
+"""Where inputs and outputs really are: unions, layers of storage and references, turned into places a pod can open.
+
+Pure, and the same for all kinds: what a job refers to is looked up by observe and handed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from trimtab_api.conditions import SUCCEEDED, Reason
+from trimtab_api.contract import CA_ROOT, CREDENTIALS_ROOT, VOLUMES_ROOT, Connection, ModelInput, S3Place
+from trimtab_api.v1alpha1 import FineTuneJob, MergeJob
+from trimtab_api.v1alpha1.source import ModelSource, Storage, VolumeSource
+from trimtab_api.v1alpha1.status import Artifact
+
+Producer = FineTuneJob | MergeJob
+"""A resource that makes an artifact."""
+
+
+@dataclass(frozen=True, order=True)
+class Reference:
+    """A resource of ours in the same namespace whose artifact is wanted."""
+
+    kind: Literal["FineTuneJob", "MergeJob"]
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}"
+
+
+Producers = Mapping[Reference, Producer | None]
+"""What observe found under each reference; None when there is nothing of that name."""
+
+
+@dataclass(frozen=True)
+class Unmet:
+    """Why a source cannot be opened yet: what a condition says."""
+
+    reason: Reason
+    message: str
+
+
+def referenced(source: ModelSource) -> Reference | None:
+    """The resource that a source names, if it names one."""
+    if source.fine_tune_job is not None:
+        return Reference("FineTuneJob", source.fine_tune_job.name)
+    if source.merge_job is not None:
+        return Reference("MergeJob", source.merge_job.name)
+    return None
+
+
+def connection(*layers: Storage | None) -> Connection:
+    """How to reach a storage: each field from the first layer that gives it (source, resource, installation)."""
+    ca = _first("ca_bundle", layers)
+    credentials = _first("credentials", layers)
+    anonymous = bool(_first("anonymous", layers))
+    verify = _first("verify_tls", layers)
+    return Connection(
+        endpoint=_first("endpoint", layers),
+        region=_first("region", layers),
+        path_style=bool(_first("path_style", layers)),
+        anonymous=anonymous,
+        verify_tls=True if verify is None else verify,
+        ca_file=f"{CA_ROOT}/{ca.config_map_name}/{ca.key}" if ca else None,
+        credentials_dir=f"{CREDENTIALS_ROOT}/{credentials.secret_name}" if credentials and not anonymous else None,
+    )
+
+
+def _first(field: str, layers: tuple[Storage | None, ...]) -> Any:
+    return next((value for layer in layers if layer and (value := getattr(layer, field)) is not None), None)
+
+
+def volume_path(source: VolumeSource) -> str:
+    """Where a pod finds what a source names on a claim."""
+    return f"{VOLUMES_ROOT}/{source.claim_name}/{source.path}".rstrip("/")
+
+
+def volume_reference(source: VolumeSource) -> str:
+    """The same place without a pod's path."""
+    return f"volume://{source.claim_name}/{source.path}".rstrip("/")
+
+
+def model_input(
+    field: str,
+    source: ModelSource,
+    wanted: Literal["adapter", "model"],
+    producers: Producers,
+    storage: Storage | None,
+    default: Storage | None,
+) -> ModelInput | Unmet:
+    """The place of a model or adapter, or why it has none yet.
+
+    `storage` is the resource's own, `default` the installation's. What a job made is reached as that job reached it.
+    """
+    if source.s3 is not None:
+        place = S3Place(uri=source.s3.uri.rstrip("/"), connection=connection(source.s3.storage, storage, default))
+        return ModelInput(field=field, reference=place.uri, s3=place)
+    if source.hugging_face is not None:
+        hub = source.hugging_face
+        return ModelInput(field=field, reference=f"hf://{hub.repo}@{hub.revision}", hugging_face=hub)
+    if source.volume is not None:
+        return ModelInput(field=field, reference=volume_reference(source.volume), path=volume_path(source.volume))
+    reference = referenced(source)
+    assert reference is not None, "a source has exactly one member"
+    artifact = artifact_of(field, reference, wanted, producers.get(reference))
+    if isinstance(artifact, Unmet):
+        return artifact
+    producer = producers[reference]
+    assert producer is not None, "only a producer has an artifact"
+    return ModelInput(
+        field=field,
+        reference=f"{reference.kind[0].lower()}{reference.kind[1:]}/{reference.name}",
+        s3=S3Place(uri=artifact.uri, connection=output_connection(producer, default), digest=artifact.digest),
+    )
+
+
+def output_connection(producer: Producer, default: Storage | None) -> Connection:
+    """How a job reaches its own output."""
+    return connection(producer.spec.output.storage, producer.spec.storage, default)
+
+
+def artifact_of(
+    field: str, reference: Reference, wanted: Literal["adapter", "model"], producer: Producer | None
+) -> Artifact | Unmet:
+    """What a job made, or why there is nothing to take."""
+    if producer is None:
+        return Unmet(
+            Reason.WAITING, f"{field} names {reference}, which does not exist. Create it, or correct the name."
+        )
+    status = producer.status
+    if status is None or status.artifact is None:
+        state = next((each for each in status.conditions if each.type == SUCCEEDED), None) if status else None
+        if state is not None and state.status == "False":
+            return Unmet(
+                Reason.REFERENCE_FAILED,
+                f"{field} names {reference}, which ended without an artifact ({state.reason}: {state.message[:500]}). "
+                "Mend that job and apply it again under its name; this resource goes on by itself.",
+            )
+        return Unmet(Reason.WAITING, f"{field} waits for {reference} ({state.reason if state else 'not begun'}).")
+    if status.artifact.kind != wanted:
+        return Unmet(
+            Reason.MODEL_INVALID,
+            f"{field} names {reference}, which made a {status.artifact.kind} where a {wanted} is needed. "
+            + (
+                "Name a job of full tuning, or fold the adapter into its base with a MergeJob and name that."
+                if wanted == "model"
+                else "Name a FineTuneJob with tuner.type lora."
+            ),
+        )
+    return status.artifact
