@@ -15,7 +15,8 @@ _APPLETS = (
 )
 _APPLETS += "seq sleep sort stat tail tar tee test touch tr true uname vi wc wget which"
 
-# busybox's own exits with 1 as soon as one search domain does not know the name, though another did.
+# busybox's own exits with 1 as soon as one search domain does not know the name, though another did. Its shell
+# prefers its own applets, so this one must be called by its path.
 _NSLOOKUP = """\
 #!/bin/busybox sh
 out=$(/bin/busybox nslookup "$@" 2>&1)
@@ -31,7 +32,7 @@ _INIT_CONTAINER = """\
   command: ["sh", "-c"]
   args:
     - |
-      for try in $(seq {{.MaxTries}}); do nslookup {{.MasterAddr}} && exit 0; sleep 1; done
+      for try in $(seq {{.MaxTries}}); do /bin/nslookup {{.MasterAddr}} && exit 0; sleep 1; done
       echo "{{.MasterAddr}} has no address after {{.MaxTries}} tries"; exit 1
   resources:
     requests: {cpu: 10m, memory: 16Mi}
@@ -53,7 +54,7 @@ def pause_image() -> str:
 
 
 def busybox_image() -> str:
-    """Return an image with a shell and an nslookup whose exit code tells the truth."""
+    """Return an image with a shell, and a /bin/nslookup whose exit code tells the truth."""
     files: dict[str, Path | str] = {
         "/bin/busybox": Path(shutil.which("busybox", path="/bin:/usr/bin") or "/bin/busybox"),
         "/bin/nslookup": _NSLOOKUP,
