@@ -84,7 +84,7 @@ async def follow_file(desired: Desired, file: Path) -> None:
     """Follow a plain file for ever, for tests and for trying things out without a cluster."""
     while True:
         try:
-            text: str | None = file.read_text(encoding="utf-8")
+            text: str | None = await asyncio.to_thread(file.read_text, encoding="utf-8")
         except FileNotFoundError:
             text = None
         desired.offer(text, f"file {file}")

@@ -18,6 +18,7 @@ from enum import Enum
 import aiohttp
 
 from trimtab_api.conditions import Reason
+from trimtab_server.agent import metrics
 from trimtab_server.agent.failure import Unservable
 
 log = logging.getLogger("trimtab.agent.engine")
@@ -121,7 +122,8 @@ class Engine:
 
         Raises Unservable when it is not there afterwards, whatever the engine said.
         """
-        said = await self._post("/v1/load_lora_adapter", {"lora_name": engine_name, "lora_path": path})
+        with metrics.LOADS.time():
+            said = await self._post("/v1/load_lora_adapter", {"lora_name": engine_name, "lora_path": path})
         await self.refresh()
         if engine_name in self.names:
             return

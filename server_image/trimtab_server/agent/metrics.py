@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-
-from trimtab_server.agent.state import State
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 REGISTRY = CollectorRegistry()
 
@@ -22,9 +20,7 @@ FIRST_BYTE = Histogram(
 )
 RUNNING = Gauge("trimtab_agent_running_requests", "Requests being answered.", registry=REGISTRY)
 READY = Gauge("trimtab_agent_ready", "1 when clients shall be sent to this pod.", registry=REGISTRY)
-ENGINE_STARTS = Gauge(
-    "trimtab_agent_engine_starts", "Starts of the engine that this agent has seen.", registry=REGISTRY
-)
+ENGINE_STARTS = Gauge("trimtab_agent_engine_starts", "Starts of the engine seen.", registry=REGISTRY)
 ADAPTERS = Gauge("trimtab_agent_adapters", "Adapters wanted, by reason.", ["reason"], registry=REGISTRY)
 LOADS = Histogram(
     "trimtab_agent_adapter_load_seconds",
@@ -32,14 +28,3 @@ LOADS = Histogram(
     registry=REGISTRY,
     buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120),
 )
-
-
-def expose(state: State) -> bytes:
-    """The figures of this moment in the text format."""
-    RUNNING.set(state.table.running)
-    READY.set(state.ready)
-    ENGINE_STARTS.set(state.engine.generation)
-    ADAPTERS.clear()
-    for each in state.adapters.reports():
-        ADAPTERS.labels(each.reason.value).inc()
-    return generate_latest(REGISTRY)

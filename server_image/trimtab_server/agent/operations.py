@@ -6,6 +6,7 @@ import asyncio
 import logging
 
 from aiohttp import web
+from prometheus_client import generate_latest
 
 from trimtab_server.agent import metrics
 from trimtab_server.agent.state import State
@@ -21,7 +22,7 @@ def metrics_application(state: State) -> web.Application:
     """GET /metrics: the agent's figures, then the engine's."""
 
     async def show(_: web.Request) -> web.Response:
-        own = metrics.expose(state)
+        own = expose(state)
         return web.Response(body=own + await state.engine.metrics(), content_type="text/plain", charset="utf-8")
 
     app = web.Application()
@@ -50,3 +51,14 @@ async def drain(state: State, linger_seconds: float, limit_seconds: float) -> bo
         return True
     await asyncio.sleep(linger_seconds)
     return await state.table.idle(None, limit_seconds - linger_seconds)
+
+
+def expose(state: State) -> bytes:
+    """The figures of this moment in the text format."""
+    metrics.RUNNING.set(state.table.running)
+    metrics.READY.set(state.ready)
+    metrics.ENGINE_STARTS.set(state.engine.generation)
+    metrics.ADAPTERS.clear()
+    for each in state.adapters.reports():
+        metrics.ADAPTERS.labels(each.reason.value).inc()
+    return generate_latest(metrics.REGISTRY)

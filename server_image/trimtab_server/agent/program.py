@@ -118,14 +118,16 @@ class Agent:
         if settings.desired_file is not None:
             await follow_file(desired, settings.desired_file)
         else:
-            assert cluster is not None and settings.desired_config_map is not None
+            assert cluster is not None
+            assert settings.desired_config_map is not None
             await follow_config_map(desired, cluster, settings.desired_config_map)
 
     def _sink(self, cluster: Cluster | None) -> Sink:
         settings = self._settings
         if settings.report_file is not None:
             return FileSink(settings.report_file)
-        assert cluster is not None and settings.reports_config_map is not None
+        assert cluster is not None
+        assert settings.reports_config_map is not None
         return ConfigMapSink(cluster, settings.reports_config_map, settings.pod_name)
 
     async def _steer(self, state: State) -> None:

@@ -37,7 +37,7 @@ CONNECT_SECONDS = 5.0
 SILENCE_SECONDS = 3600.0
 """Longest silence of the engine within one answer; long answers that are not streamed are one silence."""
 IDLE_SECONDS = 30.0
-"""How long an idle connection to the engine is kept; the engine itself keeps it longer, so it never closes one in use."""
+"""How long an idle connection to the engine is kept; the engine keeps it longer, so it never closes one in use."""
 
 VERSION_HEADER = "X-Trimtab-Model"
 """Tells the exact version that answered."""
@@ -139,11 +139,8 @@ class Proxy:
         keeper = self._state.adapters.find(name or "")
         if keeper is None:
             known = ", ".join(each.name for each in self._served())
-            raise Refused(
-                answers.error(
-                    404, f"The model `{name}` does not exist; served here: {known}.", "model_not_found", "model"
-                )
-            )
+            message = f"The model `{name}` does not exist; served here: {known}."
+            raise Refused(answers.error(404, message, "model_not_found", "model"))
         told = keeper.report()
         message = f"The adapter `{name}` is not served yet: {told.reason}" + (f": {told.message}" * bool(told.message))
         raise Refused(answers.error(503, message, "not_ready", "model"))
