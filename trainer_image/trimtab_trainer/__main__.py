@@ -1,0 +1,67 @@
+"""One rank: `torchrun -m trimtab_trainer`. Reads run.json, trains, leaves its result for the launcher."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from trimtab_api.contract import Exit, RankResult, RunConfig
+from trimtab_trainer import results, workplace
+from trimtab_trainer.distributed import Group, Place
+from trimtab_trainer.endings import ending_of
+from trimtab_trainer.inputs import uses_hub
+from trimtab_trainer.progress import ConfigMapReporter, MetricsReporter, Reporter, Several, Silent
+
+
+def run_rank(config: RunConfig, place: Place, reporter: Callable[[], Reporter]) -> RankResult:
+    """Train as one process among `place.world`; whatever happens becomes a result."""
+    from trimtab_trainer.preemption import Notice
+    from trimtab_trainer.run import Run
+
+    group = Group(place, config.resolved.world_size, config.spec.distributed.timeout_seconds)
+    notice = Notice()
+    notice.listen()
+    group.join()
+    telling = reporter() if place.first else Silent()
+    run = Run(config, group, workplace.work_root(), notice, telling)
+    try:
+        ending = run()
+        group.leave()
+        return RankResult(rank=place.rank, exit=Exit.OK, ending=ending)
+    except Exception as error:  # noqa: BLE001 - the door: every ending becomes a result
+        code, ending = ending_of(error, step=run.step, from_step=run.from_step)
+        return RankResult(rank=place.rank, exit=code, ending=ending)
+    finally:
+        telling.close()
+
+
+def cluster_reporter(config: RunConfig) -> Reporter:
+    """What rank 0 reports to in a cluster."""
+    if config.progress_config_map is None:
+        return MetricsReporter()
+    return Several(ConfigMapReporter(config.job.namespace, config.progress_config_map), MetricsReporter())
+
+
+def main() -> int:
+    """Run this rank and return its exit code: 0 as well after a preemption, when all ranks leave together."""
+    place = Place.here()
+    workplace.log_to_stderr(place.rank)
+    results.announce(workplace.results_folder(), place.rank)
+    try:
+        config = RunConfig.model_validate_json(workplace.run_file().read_text())
+        workplace.prepare(workplace.work_root(), hub=uses_hub(config))
+        result = run_rank(config, place, lambda: cluster_reporter(config))
+    except Exception as error:  # noqa: BLE001 - the door: every ending becomes a result
+        code, ending = ending_of(error)
+        result = RankResult(rank=place.rank, exit=code, ending=ending)
+    results.leave(workplace.results_folder(), result)
+    return 0 if result.exit is Exit.PREEMPTED else int(result.exit)
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A process that failed must not wait in the destructors of collectives that the others have left.
+    os._exit(status)

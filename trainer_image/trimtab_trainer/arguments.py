@@ -1,0 +1,89 @@
+"""The spec in the words of the library: one function from RunConfig to the trainer's arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from trimtab_api.contract import RunConfig
+
+SAVES_IN_A_RUN = 10
+"""Checkpoints in a run that says nothing of it."""
+
+
+def precision(config: RunConfig) -> str:
+    """What the arithmetic is done in: float32, bfloat16 or float16."""
+    import torch
+
+    asked = config.spec.model.dtype
+    if asked != "auto":
+        return asked
+    return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+
+
+def weight_dtype(config: RunConfig) -> Any:
+    """What the weights are kept in. Full tuning keeps float32: in bfloat16 small updates are rounded away."""
+    import torch
+
+    return torch.float32 if config.resolved.tuner_type == "full" else getattr(torch, precision(config))
+
+
+def arguments(config: RunConfig, folder: Path, validated: bool) -> Any:
+    """SFTConfig for this run. `validated`: there are validation rows."""
+    import torch
+    from trl import SFTConfig
+
+    spec, training = config.spec, config.spec.training
+    arithmetic = precision(config)
+    save_steps: float = spec.checkpoint.save_steps or 1 / SAVES_IN_A_RUN
+    return SFTConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=training.per_device_batch_size,
+        per_device_eval_batch_size=training.per_device_batch_size,
+        gradient_accumulation_steps=config.resolved.gradient_accumulation_steps,
+        num_train_epochs=training.epochs,
+        max_steps=training.max_steps or -1,
+        learning_rate=config.resolved.learning_rate,
+        **_schedule(config),
+        weight_decay=training.weight_decay,
+        adam_beta1=training.adam_beta1,
+        adam_beta2=training.adam_beta2,
+        max_grad_norm=training.max_grad_norm,
+        gradient_checkpointing=training.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        seed=training.seed,
+        data_seed=spec.dataset.seed,
+        train_sampling_strategy="random" if spec.dataset.shuffle else "sequential",
+        logging_steps=training.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=save_steps,
+        eval_strategy="steps" if validated else "no",
+        eval_steps=(training.eval_steps or save_steps) if validated else None,
+        prediction_loss_only=True,
+        bf16=arithmetic == "bfloat16",
+        fp16=arithmetic == "float16",
+        use_cpu=not torch.cuda.is_available(),
+        ddp_timeout=spec.distributed.timeout_seconds,
+        ddp_find_unused_parameters=False,
+        save_on_each_node=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+        report_to=[],
+    )
+
+
+def _schedule(config: RunConfig) -> dict[str, Any]:
+    scheduler = config.spec.training.scheduler
+    floor = scheduler.min_learning_rate
+    if scheduler.type == "cosine" and floor is not None:
+        kind: dict[str, Any] = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": floor}}
+    elif scheduler.type == "constant":
+        kind = {"lr_scheduler_type": "constant_with_warmup"}
+    else:
+        kind = {"lr_scheduler_type": scheduler.type}
+    return {**kind, "warmup_steps": scheduler.warmup}

@@ -1,0 +1,183 @@
+"""All parts of a data set as two files of standard rows, checked, sampled and split, with one digest.
+
+Memory is bounded: rows go from file to file; only their positions are held.
+"""
+
+from __future__ import annotations
+
+import array
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimtab_api.conditions import Reason
+from trimtab_api.v1alpha1.finetunejob import DataPart, Dataset
+from trimtab_trainer.data.reading import broken, read
+from trimtab_trainer.data.rows import Format, Row, detect, standard
+from trimtab_trainer.endings import Fault
+from trimtab_trainer.inputs import LocalData
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method asks of rows."""
+
+    answer: bool
+    """A conversation must end with the assistant's answer."""
+    text_allowed: bool
+    """Plain text will do."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Standard rows on disk."""
+
+    train: Path
+    validation: Path | None
+    rows: int
+    """Training rows."""
+    validation_rows: int
+    digest: str
+    """Identity of the rows: over their standard form, the sampling and the split."""
+    conversations: bool
+    """Whether some rows are conversations, which need a chat template."""
+
+
+def standard_rows(local: LocalData, needs: Needs) -> Iterator[Row]:
+    """Each row of one source in standard form. Raises Fault(DataInvalid) at the first broken one."""
+    part = local.source.part
+    form: Format | None = None if part.format == "auto" else part.format
+    for path in local.files:
+        where = _where(local, path)
+        for number, raw in read(path, where):
+            renamed = _renamed(raw, part, where, number)
+            form = form or detect(renamed, where, number)
+            if form == "text" and not needs.text_allowed:
+                raise Fault(
+                    Reason.DATA_INVALID,
+                    f"{where} row {number}: plain text has no answers to learn",
+                    "Use method pretrain, set dataset.loss: all, or give conversations.",
+                )
+            yield standard(renamed, form, needs.answer, where, number)
+
+
+def collect(
+    train: list[LocalData], validation: list[LocalData], dataset: Dataset, needs: Needs, into: Path
+) -> Collected:
+    """Check, sample and split all rows.
+
+    Raises Fault(DataInvalid) for a broken row and Fault(DataEmpty) when no training row is left.
+    """
+    into.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    everything = _Lines.write(into / "all.jsonl", _sampled(train, dataset.seed, needs, into), digest)
+    if not len(everything):
+        names = ", ".join(f"{local.source.field} {local.display}" for local in train)
+        raise Fault(Reason.DATA_EMPTY, f"{names}: no row", "Add rows.")
+    held_out, validation_path = 0, None
+    if dataset.validation_split:
+        held_out = max(1, round(len(everything) * dataset.validation_split))
+        if held_out >= len(everything):
+            raise Fault(Reason.DATA_EMPTY, f"dataset.validationSplit leaves no row of {len(everything)} to train on")
+        order = list(range(len(everything)))
+        random.Random(dataset.seed).shuffle(order)
+        validation_path = everything.copy(into / "validation.jsonl", sorted(order[:held_out]))
+        train_path = everything.copy(into / "train.jsonl", sorted(order[held_out:]))
+        digest.update(f"split {dataset.validation_split} {dataset.seed}".encode())
+    else:
+        train_path = everything.path
+    if validation:
+        lines = _Lines.write(into / "validation.jsonl", _sampled(validation, dataset.seed, needs, into), digest)
+        held_out, validation_path = len(lines), lines.path
+    return Collected(
+        train=train_path,
+        validation=validation_path,
+        rows=len(everything) - (held_out if dataset.validation_split else 0),
+        validation_rows=held_out,
+        digest="sha256:" + digest.hexdigest(),
+        conversations=everything.conversations,
+    )
+
+
+def rows_of(path: Path) -> Iterator[Row]:
+    """The standard rows of a collected file."""
+    with path.open("rb") as stream:
+        for line in stream:
+            yield json.loads(line)
+
+
+class _Lines:
+    """A file of rows whose positions are known."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.conversations = False
+        self._starts = array.array("Q", [0])
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @classmethod
+    def write(cls, path: Path, rows: Iterable[Row], digest: Any = None) -> _Lines:
+        lines = cls(path)
+        with path.open("wb") as stream:
+            for row in rows:
+                line = json.dumps(row, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+                lines.conversations = lines.conversations or "messages" in row
+                stream.write(line)
+                lines._starts.append(lines._starts[-1] + len(line))
+                if digest is not None:
+                    digest.update(line)
+        return lines
+
+    def pick(self, indexes: Iterable[int]) -> Iterator[bytes]:
+        with self.path.open("rb") as stream:
+            for index in indexes:
+                stream.seek(self._starts[index])
+                yield stream.read(self._starts[index + 1] - self._starts[index])
+
+    def copy(self, path: Path, indexes: Iterable[int]) -> Path:
+        with path.open("wb") as stream:
+            stream.writelines(self.pick(indexes))
+        return path
+
+
+def _sampled(parts: list[LocalData], seed: int, needs: Needs, into: Path) -> Iterator[Row]:
+    for number, local in enumerate(parts):
+        rows = standard_rows(local, needs)
+        wanted = local.source.part.sample
+        if wanted is None:
+            yield from rows
+            continue
+        lines = _Lines.write(into / f"part-{number}.jsonl", rows)
+        if not len(lines):
+            raise Fault(Reason.DATA_EMPTY, f"{local.source.field} {local.display}: no row to sample from", "Add rows.")
+        for line in lines.pick(sample(len(lines), wanted, seed + number)):
+            yield json.loads(line)
+        lines.path.unlink()
+
+
+def sample(available: int, wanted: int, seed: int) -> list[int]:
+    """Positions of `wanted` rows: each row as often as another, give or take one; which ones, the seed decides."""
+    whole, rest = divmod(wanted, available)
+    return [*list(range(available)) * whole, *sorted(random.Random(seed).sample(range(available), rest))]
+
+
+def _renamed(raw: dict[str, Any], part: DataPart, where: str, row: int) -> dict[str, Any]:
+    if not part.columns:
+        return raw
+    missing = [name for name in part.columns if name not in raw]
+    if missing and not any(name in raw for name in part.columns):
+        raise broken(
+            where, row, f"column {missing[0]!r} of dataset.columns is not there", "Correct columns, or the row."
+        )
+    return {part.columns.get(name, name): value for name, value in raw.items()}
+
+
+def _where(local: LocalData, path: Path) -> str:
+    name = local.display if len(local.files) == 1 else f"{local.display.rstrip('/')}/{path.name}"
+    return f"{local.source.field} {name}"

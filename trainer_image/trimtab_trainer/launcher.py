@@ -1,0 +1,183 @@
+"""The container's first process: starts torchrun, passes SIGTERM on, and says in one message and one code how it ended.
+
+python -m trimtab_trainer.launcher
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from trimtab_api.conditions import Reason
+from trimtab_api.contract import Exit, RankResult, RunConfig
+from trimtab_trainer import results, workplace
+from trimtab_trainer.endings import Fault, ending_of
+
+log = logging.getLogger(__name__)
+
+DEFAULT_GRACE_SECONDS = 300
+"""Patience with ranks after SIGTERM when the pod does not say its own."""
+SPARE_SECONDS = 10
+"""Kept back from the pod's grace period to write the message."""
+
+
+@dataclass(frozen=True)
+class Gang:
+    """This pod's place among the pods, as training-operator injects it."""
+
+    nodes: int
+    processes: int
+    node_rank: int
+    address: str
+    port: int
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str], config: RunConfig) -> Gang:
+        """Read the environment and hold it against the spec.
+
+        Raises Fault(SpecInvalid) when the world is not the one that was asked for.
+        """
+        resolved = config.resolved
+        nodes = int(environment.get("PET_NNODES", "1"))
+        world = nodes * resolved.processes_per_node
+        if nodes != config.spec.distributed.nodes or world != resolved.world_size:
+            raise Fault(
+                Reason.SPEC_INVALID,
+                f"the pods make a world of {world} processes ({nodes} pods × {resolved.processes_per_node}), "
+                f"the spec asks for {resolved.world_size} on {config.spec.distributed.nodes}",
+                "Let Trimtab make the PyTorchJob, or give every pod the same run.json.",
+            )
+        announced = int(environment.get("WORLD_SIZE", world))
+        if announced not in (nodes, world):
+            raise Fault(
+                Reason.SPEC_INVALID,
+                f"WORLD_SIZE is {announced}, the spec asks for {world} processes on {nodes} pods",
+                "Let Trimtab make the PyTorchJob.",
+            )
+        return cls(
+            nodes=nodes,
+            processes=resolved.processes_per_node,
+            node_rank=int(environment.get("PET_NODE_RANK", "0")),
+            address=environment.get("MASTER_ADDR", "127.0.0.1"),
+            port=int(environment.get("MASTER_PORT", "29500")),
+        )
+
+    @property
+    def ranks(self) -> range:
+        """The global ranks of this pod."""
+        first = self.node_rank * self.processes
+        return range(first, first + self.processes)
+
+    def command(self) -> list[str]:
+        """torchrun for this pod. A lone pod chooses a free port, so that two may share a network."""
+        meeting = (
+            ["--standalone"]
+            if self.nodes == 1
+            else [
+                f"--nnodes={self.nodes}",
+                f"--node-rank={self.node_rank}",
+                f"--master-addr={self.address}",
+                f"--master-port={self.port}",
+            ]
+        )
+        return [
+            sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc-per-node={self.processes}",
+            "--max-restarts=0", "-m", "trimtab_trainer",
+        ]  # fmt: skip
+
+
+class Torchrun:
+    """torchrun as a child in a process group of its own."""
+
+    def __init__(self, gang: Gang, environment: dict[str, str]):
+        self.signalled = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._command = gang.command()
+        self._environment = environment
+
+    def pass_on(self, number: int, _frame: FrameType | None) -> None:
+        """Signal handler: the ranks shall save a common step and leave."""
+        self.signalled = True
+        if self._process is not None:
+            self._process.send_signal(number)
+
+    def run(self) -> int:
+        """Run to the end; whatever is left of the group is killed then. Returns torchrun's exit code."""
+        # A signal that came before the child exists is passed on right after its birth.
+        self._process = subprocess.Popen(self._command, env=self._environment, start_new_session=True)
+        if self.signalled:
+            self._process.send_signal(signal.SIGTERM)
+        code = self._process.wait()
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            log.debug("nothing is left of torchrun")
+        return code
+
+
+def environment_for(gang: Gang, inherited: Mapping[str, str]) -> dict[str, str]:
+    """torchrun's environment: threads by the CPU limit, patience below the pod's grace period, PET_* left out."""
+    grace = int(inherited.get(workplace.GRACE_SECONDS, DEFAULT_GRACE_SECONDS))
+    kept = {name: value for name, value in inherited.items() if not name.startswith("PET_")}
+    return {
+        **kept,
+        "OMP_NUM_THREADS": inherited.get("OMP_NUM_THREADS", str(workplace.threads(gang.processes))),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(1, grace - SPARE_SECONDS)),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def oom_kills(events: Path = Path("/sys/fs/cgroup/memory.events")) -> int:
+    """How often the kernel has killed a process of this container for memory."""
+    if not events.is_file():
+        return 0
+    counts = dict(line.split() for line in events.read_text().splitlines())
+    return int(counts.get("oom_kill", 0))
+
+
+def launch() -> RankResult:
+    """Run the ranks of this pod and conclude from what they left."""
+    config = RunConfig.model_validate_json(workplace.run_file().read_text())
+    gang = Gang.of(os.environ, config)
+    hub = any(
+        source.hugging_face for source in [config.model, config.tokenizer, *config.train, *config.validation] if source
+    )
+    workplace.prepare(workplace.work_root(), hub=hub)
+    results.clear(workplace.results_folder())
+    torchrun = Torchrun(gang, environment_for(gang, os.environ))
+    signal.signal(signal.SIGTERM, torchrun.pass_on)
+    kills = oom_kills()
+    log.info("starting ranks %s of %s", list(gang.ranks), config.resolved.world_size)
+    code = torchrun.run()
+    return results.conclude(
+        results.gather(workplace.results_folder()),
+        gang.ranks,
+        signalled=torchrun.signalled,
+        out_of_memory=oom_kills() > kills,
+        launcher_code=code,
+    )
+
+
+def main() -> int:
+    """Launch, write the termination message, return the table's code."""
+    workplace.log_to_stderr()
+    try:
+        result = launch()
+    except Exception as error:  # noqa: BLE001 - the last door: whatever it is, the message must be written
+        code, ending = ending_of(error)
+        result = RankResult(rank=0, exit=code, ending=ending)
+    workplace.termination_log().write_text(result.ending.text())
+    level = logging.INFO if result.exit is Exit.OK else logging.ERROR
+    log.log(level, "%s (%d): %s %s", result.ending.reason, result.exit, result.ending.message, result.ending.hint)
+    return int(result.exit)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""Next-token prediction over sequences that are already tokens and labels.
+
+TRL's SFTTrainer brings the fused head, which never holds the logits of a whole batch. Its metrics are left out: four
+collectives and three waits for the device in each forward pass. The loss is the same sum over the same tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from trl import SFTTrainer
+
+from trimtab_api.conditions import Reason
+from trimtab_trainer.data.sequences import IGNORED
+from trimtab_trainer.endings import Fault
+
+
+class Collator:
+    """Pads a batch at its right end."""
+
+    def __init__(self, pad_token_id: int, multiple: int = 1):
+        self._pad = pad_token_id
+        self._multiple = multiple
+
+    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        """A batch of equal lengths: input_ids, attention_mask, labels."""
+        longest = max(len(row["input_ids"]) for row in rows)
+        length = -(-longest // self._multiple) * self._multiple
+        ids = torch.full((len(rows), length), self._pad, dtype=torch.long)
+        labels = torch.full((len(rows), length), IGNORED, dtype=torch.long)
+        mask = torch.zeros((len(rows), length), dtype=torch.long)
+        for index, row in enumerate(rows):
+            size = len(row["input_ids"])
+            ids[index, :size] = torch.as_tensor(row["input_ids"])
+            labels[index, :size] = torch.as_tensor(row["labels"])
+            mask[index, :size] = 1
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+class CausalTrainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer without its metrics, with a count of tokens, and with a first loss that must be finite."""
+
+    def __init__(self, **parts: Any):
+        super().__init__(**parts)
+        self.tokens_seen = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        self._first_loss_seen = False
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Sum of the learnt tokens' losses over the number of such tokens in the global batch."""
+        if return_outputs or self.aux_loss_enabled:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        tokens = outputs.label_mask.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        loss = -outputs.log_probs.sum() / tokens.clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # The count is over all processes, and DDP averages their gradients.
+            loss = loss * self.accelerator.num_processes
+        return loss
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """One forward and backward pass.
+
+        Raises Fault(AssertionFailed) when the first loss of the process is not finite.
+        """
+        self.tokens_seen += inputs["attention_mask"].sum().to(self.tokens_seen.device)
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if not self._first_loss_seen:
+            self._first_loss_seen = True
+            if not math.isfinite(loss.item()):
+                raise Fault(
+                    Reason.ASSERTION_FAILED,
+                    f"the first loss is {loss.item()}",
+                    "Lower training.learningRate, or set model.dtype: float32.",
+                )
+        return loss
+
+    def create_model_card(self, *_args: Any, **_kwargs: Any) -> None:
+        """No model card: args.json tells what was done."""

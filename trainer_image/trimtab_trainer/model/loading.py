@@ -1,0 +1,69 @@
+"""An existing model, opened for tuning."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from trimtab_api.conditions import Reason
+from trimtab_trainer.endings import Fault
+from trimtab_trainer.inputs import LocalModel
+
+
+def refuse_adapter(folder: Path, field: str, reference: str) -> None:
+    """Raise Fault(ModelInvalid) when what lies there is an adapter, not a model."""
+    if (folder / "adapter_config.json").is_file():
+        hint = "Fold it into its base with a MergeJob, and start from that."
+        raise Fault(Reason.MODEL_INVALID, f"{field} {reference} is an adapter, not a whole model", hint)
+
+
+def architecture(folder: Path, field: str, reference: str) -> dict[str, Any]:
+    """config.json of a model. Raises Fault(ModelInvalid) when it is not there or names no architecture."""
+    refuse_adapter(folder, field, reference)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise Fault(
+            Reason.MODEL_INVALID, f"{field} {reference}: no config.json there", "Point to a transformers folder."
+        )
+    try:
+        config = json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        raise Fault(Reason.MODEL_INVALID, f"{field} {reference}: config.json is not JSON: {error.msg}") from error
+    if not isinstance(config, dict) or not config.get("model_type"):
+        raise Fault(Reason.MODEL_INVALID, f"{field} {reference}: config.json names no model_type")
+    return config
+
+
+def load(local: LocalModel, field: str, dtype: Any) -> Any:
+    """The model with its weights in `dtype`.
+
+    Raises Fault(ModelInvalid) when it does not open or its weights do not fill its architecture.
+    """
+    from transformers import AutoModelForCausalLM
+
+    architecture(local.path, field, local.reference)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            local.path, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise Fault(Reason.MODEL_INVALID, f"{field} {local.reference} does not open: {first}") from error
+    if missing := sorted(info["missing_keys"]):
+        named = ", ".join(missing[:3])
+        raise Fault(
+            Reason.MODEL_INVALID, f"{field} {local.reference}: {len(missing)} weights are missing, first {named}"
+        )
+    return model
+
+
+def see_vocabulary(model: Any, tokenizer: Any, field: str) -> None:
+    """Raise Fault(ModelInvalid) when the tokenizer has tokens that the model has no embedding for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise Fault(
+            Reason.MODEL_INVALID,
+            f"{field}: the tokenizer has {len(tokenizer)} tokens, the model has embeddings for {rows}",
+            "Publish the model with the tokenizer that it was trained with.",
+        )

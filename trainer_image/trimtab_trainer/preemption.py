@@ -1,0 +1,46 @@
+"""SIGTERM, to any one process or all: every process stops after the same step, which is saved."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback
+
+from trimtab_trainer.distributed import Group
+
+log = logging.getLogger(__name__)
+
+
+class Notice:
+    """Whether this process was told to leave. The handler only notes it; the step that runs is finished."""
+
+    def __init__(self) -> None:
+        self.given = False
+
+    def listen(self) -> None:
+        """Note SIGTERM from now on."""
+        signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self.given = True
+
+
+class StopTogether(TrainerCallback):  # type: ignore[misc]
+    """After each step the processes agree whether one of them was told to leave; then all save that step and stop."""
+
+    def __init__(self, notice: Notice, group: Group):
+        self._notice = notice
+        self._group = group
+        self.stopped = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Agree, and ask the trainer to save and stop."""
+        if self._group.any(self._notice.given):
+            log.warning("told to leave: saving step %d and stopping", state.global_step)
+            self.stopped = True
+            control.should_save = True
+            control.should_evaluate = False
+            control.should_training_stop = True

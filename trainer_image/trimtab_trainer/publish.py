@@ -1,0 +1,174 @@
+"""What a run hands over: weights as safetensors, tokenizer with the template baked in, args.json; checked, then sealed."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimtab_api.conditions import Reason
+from trimtab_api.contract import Manifest, RunConfig
+from trimtab_api.v1alpha1.status import Artifact, BaseReference
+from trimtab_trainer.endings import Fault
+from trimtab_trainer.inputs import LocalModel
+from trimtab_trainer.model.adapter import name_base, settings
+from trimtab_trainer.output import Output
+from trimtab_trainer.output import publish as upload_whole
+
+log = logging.getLogger(__name__)
+
+_LIBRARIES = ("trimtab", "torch", "transformers", "trl", "peft", "accelerate", "tokenizers", "safetensors")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What an artifact was made from."""
+
+    config: RunConfig
+    base: LocalModel | None
+    """None for a model from scratch."""
+    dataset_digest: str
+    sequences_digest: str
+    template: str | None
+    """The effective chat template."""
+    world: int
+
+    def base_reference(self) -> BaseReference | None:
+        """The logical base with its digest."""
+        return None if self.base is None else BaseReference(uri=self.base.reference, digest=self.base.digest)
+
+    def made_by(self) -> dict[str, Any]:
+        """The manifest's account: enough to tell two artifacts apart and to find what they came from."""
+        base = self.base_reference()
+        return {
+            "kind": "FineTuneJob",
+            "job": self.config.job.dump(),
+            "attempt": self.config.attempt,
+            "method": self.config.spec.method,
+            "base": None if base is None else base.dump(),
+            "datasetDigest": self.dataset_digest,
+            "sequencesDigest": self.sequences_digest,
+            "versions": versions(),
+        }
+
+    def arguments(self) -> dict[str, Any]:
+        """args.json: how the artifact was made, with logical references alone."""
+        spec = self.config.spec
+        base = self.base_reference()
+        return {
+            "spec": spec.dump(),
+            "resolved": self.config.resolved.dump(),
+            "taskType": "CAUSAL_LM",
+            "base": None if base is None else base.dump(),
+            "datasetDigest": self.dataset_digest,
+            "templateHash": None if self.template is None else "sha256:" + _sha256(self.template),
+            "system": spec.template.system,
+            "columns": [part.part.columns for part in self.config.train],
+            "validationSplit": spec.dataset.validation_split,
+            "seed": spec.training.seed,
+            "dataSeed": spec.dataset.seed,
+            "worldSize": self.world,
+            "microBatchSize": spec.training.per_device_batch_size,
+            "globalBatchSize": self.config.resolved.global_batch_size,
+            "versions": versions(),
+        }
+
+
+def versions() -> dict[str, str]:
+    """The libraries that made the artifact; one that is not installed as a distribution is left out."""
+    found: dict[str, str] = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            log.debug("%s is not installed as a distribution", name)
+    return found
+
+
+def write(model: Any, tokenizer: Any, dtype: Any, provenance: Provenance, folder: Path) -> None:
+    """Write the artifact's files.
+
+    Raises Fault(AssertionFailed) when a saved adapter, read back, changes nothing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if provenance.config.resolved.tuner_type == "lora":
+        _write_adapter(model, provenance, folder)
+    else:
+        _write_model(model, dtype, folder)
+    if provenance.template is not None:
+        tokenizer.chat_template = provenance.template
+    tokenizer.save_pretrained(folder)
+    _generation(model).save_pretrained(folder)
+    (folder / "args.json").write_text(json.dumps(provenance.arguments(), indent=2, sort_keys=True) + "\n")
+
+
+def upload(output: Output, folder: Path, provenance: Provenance) -> Artifact:
+    """Upload and seal the artifact; its digest is what the job has made."""
+    manifest: Manifest = upload_whole(output, folder, output.layout.artifact, provenance.made_by())
+    spec, adapter = provenance.config.spec, provenance.config.resolved.tuner_type == "lora"
+    return Artifact(
+        uri=output.layout.artifact,
+        digest=manifest.digest,
+        kind="adapter" if adapter else "model",
+        base=provenance.base_reference() if adapter else None,
+        dataset_digest=provenance.dataset_digest,
+        rank=settings(spec).rank if adapter else None,
+        size_bytes=manifest.size,
+    )
+
+
+def _write_adapter(model: Any, provenance: Provenance, folder: Path) -> None:
+    assert provenance.base is not None, "an adapter has a base"
+    model.save_pretrained(folder, safe_serialization=True)
+    name_base(folder, provenance.base.reference)
+    (folder / "README.md").unlink(missing_ok=True)
+    see_effect(model, folder)
+
+
+def see_effect(model: Any, folder: Path) -> None:
+    """Read the saved adapter back and hold its logits against the base's.
+
+    Raises Fault(AssertionFailed) when they do not differ.
+    """
+    import torch
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    model.eval()
+    result = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    ids = torch.arange(min(32, model.get_input_embeddings().weight.shape[0])).unsqueeze(0)
+    ids = ids.to(model.get_input_embeddings().weight.device)
+    with torch.no_grad():
+        adapted = model(input_ids=ids).logits
+        with model.disable_adapter():
+            plain = model(input_ids=ids).logits
+    if result.unexpected_keys or not torch.isfinite(adapted).all() or torch.equal(adapted, plain):
+        raise Fault(
+            Reason.ASSERTION_FAILED,
+            "the saved adapter, read back, does not change the model's logits",
+            "Raise training.learningRate or training.maxSteps.",
+        )
+
+
+def _write_model(model: Any, dtype: Any, folder: Path) -> None:
+    import torch
+
+    # Training switches the cache off; whoever generates with the model wants it.
+    model.config.use_cache = True
+    if dtype != torch.float32:
+        model = model.to(dtype)
+    model.save_pretrained(folder, safe_serialization=True, max_shard_size="5GB")
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def _generation(model: Any) -> Any:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner.generation_config
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

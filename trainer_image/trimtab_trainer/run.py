@@ -1,0 +1,246 @@
+"""One run in one process, from run.json to an ending: the order of the rooms."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimtab_api.conditions import Reason
+from trimtab_api.contract import Ending, RunConfig
+from trimtab_trainer import checkpoint, publish, report
+from trimtab_trainer.arguments import arguments, precision, weight_dtype
+from trimtab_trainer.data import collecting, sequences
+from trimtab_trainer.data.collecting import Collected, rows_of
+from trimtab_trainer.distributed import Group, once, once_per_pod
+from trimtab_trainer.endings import Fault
+from trimtab_trainer.inputs import LocalModel, Pins, fetch_data, fetch_model
+from trimtab_trainer.methods import METHODS, Method
+from trimtab_trainer.methods.causal import Collator
+from trimtab_trainer.model import adapter, loading, scratch, tokenizer
+from trimtab_trainer.movement import Movement
+from trimtab_trainer.output import Output, open_output
+from trimtab_trainer.output import publish as upload_whole
+from trimtab_trainer.preemption import Notice, StopTogether
+from trimtab_trainer.progress import Reporter
+from trimtab_trainer.template import ChatTemplate
+from trimtab_trainer.watch import Watch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that stands before the first step."""
+
+    collected: Collected
+    base: LocalModel | None
+    tokenizer: Any
+    template: ChatTemplate | None
+    stops: list[int]
+    train: Path
+    validation: Path | None
+    sequences_digest: str
+
+
+class Run:
+    """One process of a run."""
+
+    def __init__(self, config: RunConfig, group: Group, work: Path, notice: Notice, reporter: Reporter):
+        self.config = config
+        self.group = group
+        self.work = work
+        self.notice = notice
+        self.reporter = reporter
+        self.method: Method = METHODS[config.spec.method]
+        self.output: Output = open_output(config.output)
+        self.step = 0
+        """Last step that is known to be done."""
+        self.from_step = 0
+        """Step that the run went on from."""
+
+    def __call__(self) -> Ending:
+        """Train to the end and publish.
+
+        Raises Fault(Preempted) after a common step was saved; every other Fault says what went wrong.
+        """
+        work = self.work / "run"
+        prepared = self._prepare(work)
+        resume = checkpoint.find(self.output, self.group, work / "resume", prepared.sequences_digest)
+        self.from_step = self.step = resume.step if resume else 0
+        model = self._model(prepared)
+        movement = Movement(model)
+        trainer, stop = self._trainer(model, prepared, resume, work)
+        if resume is None or not resume.finished:
+            trainer.train(resume_from_checkpoint=None if resume is None else str(resume.path))
+        else:
+            trainer._load_from_checkpoint(str(resume.path))
+            trainer.state = trainer.state.load_from_json(str(resume.path / "trainer_state.json"))
+        self.step = int(trainer.state.global_step)
+        if stop.stopped and self.step < trainer.state.max_steps:
+            raise Fault(
+                Reason.PREEMPTED,
+                f"told to leave; step {self.step} of {trainer.state.max_steps} is saved",
+                step=self.step,
+            )
+        if self.step > 1:
+            movement.see(trainer.model)
+        return self._hand_over(trainer, prepared, work)
+
+    def _prepare(self, work: Path) -> Prepared:
+        group, config = self.group, self.config
+        pins = Pins(config.pins)
+        collected = once_per_pod(group, lambda: self._collect(work / "data", pins))
+        base = self._base(work / "model", pins)
+        folder = base.path if base is not None else self._scratch_tokenizer(collected, work / "tokenizer", pins)
+        loaded = tokenizer.load(folder, "model.from" if base else "model.scratch.tokenizer")
+        template = self._template(loaded, needed=collected.conversations)
+        stops = tokenizer.stop_ids(loaded, template, config.spec.template.stop_tokens, _known_stops(folder))
+        render = None if template is None else template.renderer()
+        shaping = self.method.shaping(config)
+
+        def tokenise() -> str:
+            count = sequences.write(collected.train, loaded, render, shaping, work / "train.arrow")
+            if collected.validation is not None:
+                sequences.write(collected.validation, loaded, render, shaping, work / "validation.arrow")
+            log.info("%d sequences of %d tokens, %d of them learnt", count.sequences, count.tokens, count.learnt)
+            return count.digest
+
+        digest = once_per_pod(group, tokenise)
+        if len(set(group.all_of(digest))) > 1:
+            raise Fault(Reason.INPUT_CHANGED, "the pods read different rows", "Start the job again.")
+        return Prepared(
+            collected=collected,
+            base=base,
+            tokenizer=loaded,
+            template=template,
+            stops=stops,
+            train=work / "train.arrow",
+            validation=None if collected.validation is None else work / "validation.arrow",
+            sequences_digest=f"sha256:{digest}",
+        )
+
+    def _collect(self, into: Path, pins: Pins) -> Collected:
+        config = self.config
+        train = [fetch_data(source, into / f"train-{i}", pins) for i, source in enumerate(config.train)]
+        held = [fetch_data(source, into / f"validation-{i}", pins) for i, source in enumerate(config.validation)]
+        return collecting.collect(train, held, config.spec.dataset, self.method.needs(config), into)
+
+    def _base(self, into: Path, pins: Pins) -> LocalModel | None:
+        source = self.config.model
+        return None if source is None else once_per_pod(self.group, lambda: fetch_model(source, into, pins))
+
+    def _scratch_tokenizer(self, collected: Collected, into: Path, pins: Pins) -> Path:
+        """The tokenizer of a model from scratch: one that is given, one learnt earlier, or one learnt now."""
+        source, spec = self.config.tokenizer, self.config.spec
+        if source is not None:
+            return once_per_pod(self.group, lambda: fetch_model(source, into, pins, only=tokenizer.FILES).path)
+        assert spec.model.scratch is not None and spec.model.scratch.tokenizer.train is not None
+        size = spec.model.scratch.tokenizer.train.vocab_size
+        prefix = self.output.layout.tokenizer
+
+        def learn() -> str:
+            known = self.output.find(prefix)
+            if known is None:
+                folder = self.work / "learnt"
+                rows = rows_of(collected.train)
+                tokenizer.learn(rows, size, spec.template.chat_template, spec.template.system, folder)
+                made_by = {"job": self.config.job.dump(), "datasetDigest": collected.digest}
+                known = upload_whole(self.output, folder, prefix, made_by)
+                log.info("learnt a tokenizer: %s", known.digest[:19])
+            return known.digest
+
+        digest = once(self.group, learn)
+        return once_per_pod(self.group, lambda: self.output.fetch(prefix, into, digest))
+
+    def _template(self, loaded: Any, needed: bool) -> ChatTemplate | None:
+        asked, own = self.config.spec.template, tokenizer.own_template(loaded)
+        if not needed and own is None and asked.chat_template is None:
+            return None
+        special = {name: str(token) for name, token in loaded.special_tokens_map.items() if isinstance(token, str)}
+        return ChatTemplate.of(own, asked.chat_template, asked.system, special)
+
+    def _model(self, prepared: Prepared) -> Any:
+        spec = self.config.spec
+        if prepared.base is None:
+            assert spec.model.scratch is not None
+            model = scratch.build(spec.model.scratch, prepared.tokenizer, prepared.stops, spec.training.seed)
+        else:
+            model = loading.load(prepared.base, "model.from", weight_dtype(self.config))
+            loading.see_vocabulary(model, prepared.tokenizer, "model.from")
+            model.generation_config.eos_token_id = prepared.stops
+            model.generation_config.pad_token_id = prepared.tokenizer.pad_token_id
+        if self.config.resolved.tuner_type == "lora":
+            model = adapter.adapt(model, adapter.settings(spec), spec.training.seed)
+        return model
+
+    def _trainer(
+        self, model: Any, prepared: Prepared, resume: checkpoint.Resume | None, work: Path
+    ) -> tuple[Any, StopTogether]:
+        from datasets import Dataset
+        from transformers import PrinterCallback
+
+        made_by = self._provenance(prepared).made_by()
+        keeper = checkpoint.Keeper(self.output, self.group, self.config.spec.checkpoint.keep, made_by)
+        watch = Watch(self.reporter, self.group, keeper, self.config.attempt, self.from_step)
+        stop = StopTogether(self.notice, self.group)
+        validation = None if prepared.validation is None else Dataset.from_file(str(prepared.validation))
+        trainer = self.method.trainer(
+            model=model,
+            args=arguments(self.config, work / "checkpoints", validated=validation is not None),
+            data_collator=Collator(prepared.tokenizer.pad_token_id),
+            train_dataset=Dataset.from_file(str(prepared.train)),
+            eval_dataset=validation,
+            processing_class=prepared.tokenizer,
+            callbacks=[stop, keeper, watch],
+        )
+        trainer.remove_callback(PrinterCallback)
+        keeper.trainer = watch.trainer = trainer
+        if resume is not None:
+            keeper.window = resume.path / checkpoint.window_file(self.group.place.rank)
+            keeper.complete = once(self.group, self.output.checkpoints)
+        return trainer, stop
+
+    def _provenance(self, prepared: Prepared) -> publish.Provenance:
+        return publish.Provenance(
+            config=self.config,
+            base=prepared.base,
+            dataset_digest=prepared.collected.digest,
+            sequences_digest=prepared.sequences_digest,
+            template=None if prepared.template is None else prepared.template.source,
+            world=self.group.place.world,
+        )
+
+    def _hand_over(self, trainer: Any, prepared: Prepared, work: Path) -> Ending:
+        import torch
+
+        def hand_over() -> Ending:
+            provenance = self._provenance(prepared)
+            folder, name = work / "artifact", self.config.job.name
+            report.write(trainer.state.log_history, f"{name}: {self.config.spec.method}", work / "report")
+            upload_whole(self.output, work / "report", self.output.layout.report, provenance.made_by())
+            dtype = getattr(torch, precision(self.config))
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            publish.write(model, prepared.tokenizer, dtype, provenance, folder)
+            artifact = publish.upload(self.output, folder, provenance)
+            return Ending(
+                reason=Reason.SUCCEEDED,
+                message=f"published {artifact.kind} after {self.step} steps",
+                from_step=self.from_step,
+                step=self.step,
+                artifact=artifact,
+                rows=prepared.collected.rows,
+                dataset_digest=prepared.collected.digest,
+            )
+
+        return once(self.group, hand_over)
+
+
+def _known_stops(folder: Path) -> list[int]:
+    """The tokens that the model's own generation settings already end at."""
+    import json
+
+    path = folder / "generation_config.json"
+    found = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    return [found] if isinstance(found, int) else list(found or [])
