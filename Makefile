@@ -103,8 +103,9 @@ bench: venv ## Speed, side by side with what others do
 
 # ---------------------------------------------------------------- versions
 
-COMPILE := $(UV) pip compile pyproject.toml --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+FLAGS := --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 	--no-emit-index-url --no-annotate --no-header --generate-hashes
+COMPILE := $(UV) pip compile pyproject.toml $(FLAGS)
 
 .PHONY: lock
 lock: | $(UV) ## Compile locks/ from pyproject.toml
@@ -114,3 +115,5 @@ lock: | $(UV) ## Compile locks/ from pyproject.toml
 	@$(COMPILE) --extra trainer -o locks/trainer.txt
 	@$(COMPILE) --extra engine -o locks/server-vllm.txt
 	@$(COMPILE) --extra engine-cpu --override locks/cpu-overrides.txt -o locks/server-vllm-cpu.txt
+	@echo torch | $(UV) pip compile - $(FLAGS) --constraint locks/trainer.txt -o locks/torch.txt
+	@$(UV) pip compile --group image $(FLAGS) -o locks/image.txt
