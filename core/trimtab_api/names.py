@@ -64,8 +64,13 @@ def trainer_account(job: str) -> str:
 
 
 def merge(name: str) -> str:
-    """The Job of a MergeJob, and the ConfigMap with its run.json."""
+    """The Job of a MergeJob, the ConfigMap with its merge.json, ServiceAccount, Role and RoleBinding."""
     return f"{name}-merge"
+
+
+def merge_report(name: str) -> str:
+    """The ConfigMap that a merge pod writes its progress into."""
+    return f"{name}-merge-report"
 
 
 def server(name: str) -> str:
