@@ -28,9 +28,9 @@ from trimtab_store.errors import (
     LineInvalid,
     ObjectChanged,
     ObjectMissing,
-    ShortRead,
     StorageError,
     human,
+    short_read,
 )
 from trimtab_store.location import Location, parse_uri
 from trimtab_store.patience import Stopped, Trouble, persist
@@ -288,7 +288,7 @@ class _Answer:
                 raise Stopped
             count = self._body.readinto(view[done : done + _CHUNK])
             if not count:
-                raise self._torn(done)
+                raise short_read(self._uri, done, self.length)
             done += count
 
     def chunks(self) -> Iterator[bytes]:
@@ -297,13 +297,9 @@ class _Answer:
         while done < self.length:
             chunk: bytes = self._body.read(min(_CHUNK, self.length - done))
             if not chunk:
-                raise self._torn(done)
+                raise short_read(self._uri, done, self.length)
             done += len(chunk)
             yield chunk
-
-    def _torn(self, done: int) -> ShortRead:
-        problem = f"the storage sent {done} of {self.length} bytes and hung up"
-        return ShortRead(self._uri, problem, "check the server and what stands between")
 
 
 def connect(connection: Connection, *, patience: float = PATIENCE) -> S3:

@@ -30,7 +30,7 @@ from trimtab_store.progress import Meter, Progress
 _THREADS = 6
 _PART = 8 << 20
 """Bytes of a range; each thread holds one."""
-_SPARE = 16 << 20
+SPARE = 16 << 20
 """Bytes that stay free on the disk beyond what is fetched."""
 
 
@@ -126,8 +126,8 @@ def bring(
 def _check_free(into: Path, needed: int) -> None:
     with converted_disk(into):
         free = shutil.disk_usage(existing(into)).free
-    if needed + _SPARE > free:
-        raise disk_full(into, needed + _SPARE, free)
+    if needed + SPARE > free:
+        raise disk_full(into, needed + SPARE, free)
 
 
 def _receive_all(s3: S3, files: list[Wanted], folder: Path, meter: Meter, *, durable: bool) -> None:

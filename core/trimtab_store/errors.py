@@ -235,7 +235,6 @@ _TRANSIENT_CODES = frozenset(
 _NOT_ANSWERED = (
     boto.HTTPClientError,
     boto.ConnectionError,
-    boto.IncompleteReadError,
     boto.ReadTimeoutError,
     boto.ResponseStreamingError,
     ResponseParserError,
@@ -255,6 +254,8 @@ def converted(error: Exception, uri: str, action: str) -> StorageError:
     """Our error for one of BOUNDARY that came of `action` ("get", "list", ...) on `uri`."""
     if isinstance(error, boto.ClientError):
         return _of_answer(error, uri, action)
+    if isinstance(error, boto.IncompleteReadError):
+        return short_read(uri, error.kwargs["actual_bytes"], error.kwargs["expected_bytes"])
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
         remedy = "name a Secret in storage.credentials, give the ServiceAccount a role, or set storage.anonymous"
         return CredentialsMissing(uri, "there are no credentials for the storage", remedy)
@@ -308,6 +309,12 @@ def _untrusted(error: BaseException | None) -> bool:
 
 def _brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:300]
+
+
+def short_read(uri: str, got: int, promised: int) -> ShortRead:
+    """The error for an answer that broke off."""
+    problem = f"the storage sent {got} of {promised} bytes and hung up"
+    return ShortRead(uri, problem, "check the server and what stands between")
 
 
 def disk_full(path: Path, needed: int, free: int) -> DiskFull:
