@@ -61,8 +61,16 @@ class Api:
         self._host = urlsplit(plane.server).netloc
         self._connection: http.client.HTTPSConnection | None = None
 
-    def request(self, method: str, path: str, body: Any = None, kind: str = "application/json", **query: str) -> Answer:
-        headers = {"Content-Type": kind, "Accept": "application/json"}
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        kind: str = "application/json",
+        accept: str = "application/json",
+        **query: str,
+    ) -> Answer:
+        headers = {"Content-Type": kind, "Accept": accept}
         data = None if body is None else json.dumps(body)
         if self._connection is None:
             self._connection = http.client.HTTPSConnection(self._host, timeout=30, context=self._tls)

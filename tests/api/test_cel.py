@@ -1,0 +1,424 @@
+"""What the API server refuses by itself, with the field's path and the sentence that a user reads.
+
+Three nets: a row for every rule; a violation of every bound of every field, derived from the kinds and the examples;
+and what a started job lets nobody change.
+"""
+# ruff: noqa: E501 - a row of a table is one line
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from trimtab_api.names import NAME_LIMIT
+from trimtab_api.schema import RULES_KEY
+from trimtab_api.v1alpha1 import RESOURCES
+from trimtab_operator.crdgen import crd
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+SCHEMAS = {resource.kind: crd(resource)["spec"]["versions"][0]["schema"]["openAPIV3Schema"] for resource in RESOURCES}
+PLURALS = {resource.kind: resource.plural for resource in RESOURCES}
+
+HUB = {"huggingFace": {"repo": "acme/tiny"}}
+MINIMAL: dict[str, dict[str, Any]] = {
+    "FineTuneJob": {"method": "sft", "model": {"from": HUB}, "dataset": {"train": [{"from": {"inline": "{}"}}]}},
+    "MergeJob": {"adapters": [{"from": HUB}]},
+    "ModelDeployment": {"model": {"from": HUB}},
+}
+SCRATCH = {
+    "modelType": "llama", "hiddenSize": 128, "layers": 2, "attentionHeads": 4, "tokenizer": {"train": {}},
+}  # fmt: skip
+GONE = object()
+"""In a row: the field is removed."""
+
+
+def build(kind: str, changes: dict[str, Any], name: str = "job") -> dict[str, Any]:
+    """The smallest object of a kind with some fields set: {"model.from": ..., "dataset.train.0.format": ...}."""
+    spec: dict[str, Any] = copy.deepcopy(MINIMAL[kind])
+    for path, value in changes.items():
+        *parents, last = path.split(".")
+        node: Any = spec
+        for part in parents:
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        if value is GONE:
+            del node[last]
+        elif isinstance(node, list):
+            node[int(last) : int(last) + 1] = [value]
+        else:
+            node[last] = value
+    return {"apiVersion": "trimtab.dev/v1alpha1", "kind": kind, "metadata": {"name": name}, "spec": spec}
+
+
+def refused(answer: Any, field: str, part: str) -> None:
+    """Assert that the server refused and said this about this field."""
+    assert not answer.accepted, "it was accepted"
+    hits = [message for where, message in answer.causes if where == field]
+    assert any(part in message for message in hits), f"wanted {field}: {part}; got {answer.status} {answer.message}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is set, which field the server must name, and part of what it must say."""
+
+    name: str
+    kind: str
+    changes: dict[str, Any]
+    field: str
+    part: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.name}".replace(" ", "-")
+
+
+F, M, D = "FineTuneJob", "MergeJob", "ModelDeployment"
+EXACTLY_ONE_MODEL = "give exactly one of s3, huggingFace, volume, fineTuneJob, mergeJob"
+EXACTLY_ONE_DATA = "give exactly one of s3, huggingFace, volume, inline"
+TWO = {**HUB, "fineTuneJob": {"name": "base"}}
+PLACE = "s3://models/a"
+
+REFUSED = (
+    # Sources
+    Row("no model", F, {"model": {}}, "spec.model", "exactly one of from (an existing model) and scratch"),
+    Row("model and scratch", F, {"model.scratch": SCRATCH}, "spec.model", "exactly one of from"),
+    Row("empty source", F, {"model.from": {}}, "spec.model.from", EXACTLY_ONE_MODEL),
+    Row("two sources", F, {"model.from": TWO}, "spec.model.from", EXACTLY_ONE_MODEL),
+    Row("data from nowhere", F, {"dataset.train.0.from": {}}, "spec.dataset.train[0].from", EXACTLY_ONE_DATA),
+    Row("data from two places", F, {"dataset.train.0.from": {"inline": "{}", "s3": {"uri": PLACE}}}, "spec.dataset.train[0].from", EXACTLY_ONE_DATA),
+    Row("validation from nowhere", F, {"dataset.validation": [{"from": {}}]}, "spec.dataset.validation[0].from", EXACTLY_ONE_DATA),
+    Row("adapter from two places", M, {"adapters.0.from": TWO}, "spec.adapters[0].from", EXACTLY_ONE_MODEL),
+    Row("base from nowhere", M, {"base": {}}, "spec.base", EXACTLY_ONE_MODEL),
+    Row("model from two places", D, {"model.from": TWO}, "spec.model.from", EXACTLY_ONE_MODEL),
+    Row("adapter from nowhere", D, {"adapters": [{"name": "a", "from": {}}]}, "spec.adapters[0].from", EXACTLY_ONE_MODEL),
+    Row("no tokenizer source", F, {"model": {"scratch": {**SCRATCH, "tokenizer": {}}}}, "spec.model.scratch.tokenizer", "give exactly one of from, train"),
+    Row("two tokenizer sources", F, {"model": {"scratch": {**SCRATCH, "tokenizer": {"train": {}, "from": HUB}}}}, "spec.model.scratch.tokenizer", "give exactly one of from, train"),
+    # Places
+    Row("uri without bucket", F, {"output.uri": "s3://"}, "spec.output.uri", "must be s3://BUCKET/KEY, for example"),
+    Row("uri with an empty bucket", F, {"model.from": {"s3": {"uri": "s3:///key"}}}, "spec.model.from.s3.uri", "must be s3://BUCKET/KEY"),
+    Row("uri of another scheme", F, {"dataset.train.0.from": {"s3": {"uri": "gs://bucket/key"}}}, "spec.dataset.train[0].from.s3.uri", "must be s3://BUCKET/KEY"),
+    Row("uri with a capital bucket", M, {"output.uri": "s3://Models/x"}, "spec.output.uri", "must be s3://BUCKET/KEY"),
+    Row("path out of the volume", F, {"model.from": {"volume": {"claimName": "c", "path": "a/../../b"}}}, "spec.model.from.volume.path", "no leading slash, no '..'"),
+    Row("absolute path in the volume", D, {"model.from": {"volume": {"claimName": "c", "path": "/a"}}}, "spec.model.from.volume.path", "no leading slash, no '..'"),
+    Row("endpoint without scheme", F, {"storage.endpoint": "minio:9000"}, "spec.storage.endpoint", "must be http://HOST:PORT"),
+    Row("endpoint with keys", F, {"storage.endpoint": "https://key:secret@minio:9000"}, "spec.storage.endpoint", "keys belong into the Secret"),
+    Row("endpoint with a path", M, {"storage.endpoint": "https://minio/bucket"}, "spec.storage.endpoint", "must be http://HOST:PORT"),
+    Row("anonymous with keys", F, {"storage": {"anonymous": True, "credentials": {"secretName": "s"}}}, "spec.storage.credentials", "unsigned requests use no keys"),
+    # A model from scratch
+    Row("scratch with lora", F, {"model": {"scratch": SCRATCH}, "tuner.type": "lora"}, "spec.tuner.type", "must be full, or left out"),
+    Row("scratch with lora fields", F, {"model": {"scratch": SCRATCH}, "tuner.lora": {}}, "spec.tuner.lora", "remove it: random weights have no base"),
+    Row("heads that do not divide", F, {"model": {"scratch": {**SCRATCH, "attentionHeads": 3}}}, "spec.model.scratch.hiddenSize", "must be a multiple of attentionHeads"),
+    Row("key heads that do not divide", F, {"model": {"scratch": {**SCRATCH, "keyValueHeads": 3}}}, "spec.model.scratch.keyValueHeads", "must divide attentionHeads"),
+    Row("rows longer than the model", F, {"model": {"scratch": {**SCRATCH, "maxLength": 128}}}, "spec.dataset.maxLength", "must not exceed model.scratch.maxLength"),
+    # Tuning
+    Row("lora fields with full", F, {"tuner": {"type": "full", "lora": {"rank": 4}}}, "spec.tuner.lora", "remove it, or set type: lora"),
+    Row("regex and names", F, {"tuner.lora": {"targetRegex": "q", "targetModules": ["q"]}}, "spec.tuner.lora.targetRegex", "leave it out when targetModules is given"),
+    Row("split for sft", F, {"dataset.truncation": "split"}, "spec.dataset.truncation", "choose delete, left or right"),
+    Row("two sources of validation", F, {"dataset.validation": [{"from": {"inline": "{}"}}], "dataset.validationSplit": 0.1}, "spec.dataset.validationSplit", "leave it out when validation is given"),
+    Row("floor without cosine", F, {"training.scheduler": {"type": "linear", "minLearningRate": 1e-6}}, "spec.training.scheduler.minLearningRate", "set type: cosine"),
+    Row("floor above the peak", F, {"training": {"learningRate": 1e-5, "scheduler": {"minLearningRate": 1e-4}}}, "spec.training.scheduler.minLearningRate", "must not exceed learningRate"),
+    # Pods
+    Row("env that loads code", F, {"pod.env": [{"name": "PYTHONPATH", "value": "/mnt"}]}, "spec.pod.env[0].name", "it makes the program load other code"),
+    Row("env that loads a library", D, {"pod.env": [{"name": "A"}, {"name": "LD_PRELOAD", "value": "x.so"}]}, "spec.pod.env[1].name", "build an image of your own"),
+    Row("env that loads in another way", M, {"pod.env": [{"name": "LD_AUDIT"}]}, "spec.pod.env[0].name", "it makes the program load other code"),
+    Row("env of the gang", F, {"pod.env": [{"name": "WORLD_SIZE", "value": "9"}]}, "spec.pod.env[0].name", "it follows from spec.distributed"),
+    Row("env twice", F, {"pod.env": [{"name": "A"}, {"name": "A"}]}, "spec.pod.env[1]", "Duplicate value"),
+    Row("mount over the image", F, {"pod.volumes": [{"claimName": "c", "mountPath": "/opt/venv"}]}, "spec.pod.volumes[0].mountPath", "must be an absolute path"),
+    Row("mount over the token", D, {"pod.volumes": [{"claimName": "c", "mountPath": "/var/run/trimtab/token"}]}, "spec.pod.volumes[0].mountPath", "must be an absolute path"),
+    Row("mount with dots", M, {"pod.volumes": [{"claimName": "c", "mountPath": "/mnt/../work"}]}, "spec.pod.volumes[0].mountPath", "must be an absolute path"),
+    Row("mount twice", F, {"pod.volumes": [{"claimName": "c", "mountPath": "/mnt"}, {"claimName": "d", "mountPath": "/mnt"}]}, "spec.pod.volumes[1]", "Duplicate value"),
+    # Merging
+    Row("weight of nothing", M, {"adapters.0.weight": 0}, "spec.adapters[0].weight", "remove it from adapters instead"),
+    Row("shard of no size", M, {"maxShardSize": "0GB"}, "spec.maxShardSize", "must be a size such as 500MB or 4GB"),
+    # Serving
+    Row("two adapters of a name", D, {"adapters": [{"name": "a", "from": HUB}, {"name": "a", "from": HUB}]}, "spec.adapters", "give each adapter a name of its own"),
+    Row("adapter named as the model", D, {"model.name": "a", "adapters": [{"name": "a", "from": HUB}]}, "spec.adapters", "names an adapter as the model is named"),
+    Row("adapter named as the resource", D, {"adapters": [{"name": "job", "from": HUB}]}, "spec.adapters", "set model.name"),
+    Row("argument that is not allowed", D, {"engine.extraArgs": ["--trust-remote-code"]}, "spec.engine.extraArgs[0]", "is not an allowed argument"),
+    Row("argument with a space", D, {"engine.extraArgs": ["--seed 1"]}, "spec.engine.extraArgs[0]", "write it as --name or --name=value"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("row", REFUSED, ids=str)
+def test_rule_refuses(api: Any, row: Row) -> None:
+    answer = api.create("default", PLURALS[row.kind], build(row.kind, row.changes), dryRun="All")
+    refused(answer, row.field, row.part)
+
+
+ACCEPTED = (
+    (F, {}), (M, {}), (D, {}),
+    (F, {"model": {"scratch": SCRATCH}}),
+    (F, {"model": {"scratch": SCRATCH}, "tuner.type": "full"}),
+    (F, {"method": "pretrain", "dataset.truncation": "split"}),
+    (F, {"tuner": {"type": "lora"}}), (F, {"tuner": {"type": "full"}}), (F, {"tuner": {"lora": {}}}),
+    (F, {"dataset.validation": []}),
+    (F, {"dataset.validation": [], "dataset.validationSplit": 0.1}),
+    (F, {"output.uri": "s3://bucket"}), (F, {"output.uri": "s3://my.bucket-1/a/b c"}),
+    (F, {"storage.endpoint": "http://[::1]:9000/"}),
+    (F, {"storage": {"anonymous": False, "credentials": {"secretName": "s"}}}),
+    (F, {"pod.resources": {"requests": {"cpu": 1, "memory": "1.5Gi"}, "limits": {"nvidia.com/gpu": "8"}}}),
+    (F, {"pod.affinity": {"podAffinity": {"anything": [1, {"deep": True}]}}}),
+    (F, {"pod.env": [{"name": "PYTHONUNBUFFERED", "value": "1"}, {"name": "NCCL_DEBUG"}]}),
+    (F, {"pod.volumes": [{"claimName": "c", "mountPath": "/mnt/a.b"}, {"claimName": "c", "mountPath": "/optional"}]}),
+    (F, {"model.from": {"volume": {"claimName": "c", "path": "a..b/c"}}}),
+    (F, {"tuner": None, "pod": None, "storage": None}),
+    (M, {"adapters.0.weight": -0.5, "adapters.1": {"from": HUB}}),
+    (D, {"adapters": [{"name": "a", "from": HUB}, {"name": "b", "from": HUB}]}),
+    (D, {"model.name": "base", "adapters": [{"name": "job", "from": HUB}]}),
+    (D, {"engine.extraArgs": ["--enforce-eager", "--max-num-seqs=4"]}),
+    (D, {"replicas": 0}),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(ACCEPTED)))
+def test_rules_let_pass(api: Any, number: int) -> None:
+    kind, changes = ACCEPTED[number]
+    answer = api.create("default", PLURALS[kind], build(kind, changes), dryRun="All")
+    assert answer.accepted, answer.message
+
+
+def rules(node: dict[str, Any]) -> Iterator[str]:
+    """The message of every rule in a schema."""
+    yield from (rule["message"] for rule in node.get(RULES_KEY, ()))
+    children = [*node.get("properties", {}).values(), node.get("items"), node.get("additionalProperties")]
+    for child in children:
+        if isinstance(child, dict):
+            yield from rules(child)
+
+
+@pytest.mark.parametrize("kind", SCHEMAS)
+def test_every_rule_is_seen_to_refuse(kind: str) -> None:
+    elsewhere = ("may not change once the job has started", "metadata.name must have")
+    shared = [row.part for row in REFUSED]
+    for message in set(rules(SCHEMAS[kind])):
+        assert message.startswith(elsewhere) or any(part in message for part in shared), f"no row for: {message}"
+
+
+# ------------------------------------------------------------------------------------------- bounds
+
+Steps = tuple[str | int, ...]
+
+
+def documents(kind: str) -> list[dict[str, Any]]:
+    """The examples of a kind, as JSON: together they hold every field."""
+    model = next(resource.model for resource in RESOURCES if resource.kind == kind)
+    read = [document for file in sorted(EXAMPLES.rglob("*.yaml")) for document in yaml.safe_load_all(file.read_text())]
+    whole = [
+        model.model_validate(document).model_dump(mode="json", by_alias=True, exclude_unset=True)["spec"]
+        for document in read
+        if document["kind"] == kind
+    ]
+    return [{**build(kind, {}), "spec": spec} for spec in whole]
+
+
+def leaves(node: dict[str, Any], value: Any, steps: Steps) -> Iterator[tuple[Steps, dict[str, Any], Any]]:
+    """Every value of a document with its schema."""
+    yield steps, node, value
+    if isinstance(value, dict):
+        for name, child in value.items():
+            below = node.get("properties", {}).get(name) or node.get("additionalProperties")
+            if isinstance(below, dict):
+                yield from leaves(below, child, (*steps, name))
+    elif isinstance(value, list) and value:
+        for index, child in enumerate(value):
+            yield from leaves(node["items"], child, (*steps, index))
+
+
+def violations(node: dict[str, Any], value: Any) -> Iterator[tuple[str, Any, str]]:
+    """A value beyond each bound of a node: the bound's name, the value, and what the server says of it."""
+    yield from numbers_beyond(node)
+    yield from texts_beyond(node)
+    yield from collections_beyond(node, value)
+    if "enum" in node:
+        yield "enum", -1 if node["type"] == "integer" else "no-such-word", "Unsupported value"
+    if "type" in node:
+        yield "type", "text" if node["type"] == "object" else {}, "must be of type"
+
+
+def numbers_beyond(node: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    if "minimum" in node:
+        yield "minimum", node["minimum"] - (not node.get("exclusiveMinimum")), "greater than"
+    if "maximum" in node:
+        yield "maximum", node["maximum"] + (not node.get("exclusiveMaximum")), "less than"
+
+
+def texts_beyond(node: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    if "maxLength" in node and node.get("type") == "string":
+        yield "maxLength", "a" * (node["maxLength"] + 1), "Too long"
+    if node.get("minLength"):
+        yield "minLength", "", "should be at least"
+    if "pattern" in node:
+        yield "pattern", "!" * max(1, node.get("minLength", 1)), "should match"
+
+
+def collections_beyond(node: dict[str, Any], value: Any) -> Iterator[tuple[str, Any, str]]:
+    if "maxItems" in node:
+        yield "maxItems", [value[0] if value else {}] * (node["maxItems"] + 1), "must have at most"
+    if node.get("minItems"):
+        yield "minItems", [], "should have at least"
+    if "maxProperties" in node:
+        some = next(iter(value.values()), "a")
+        yield "maxProperties", {f"k{number}": some for number in range(node["maxProperties"] + 1)}, "must have at most"
+    for name in node.get("required", ()):
+        yield f"required.{name}", {key: each for key, each in value.items() if key != name}, "Required value"
+
+
+def path_of(steps: Steps) -> str:
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).lstrip(".")
+
+
+def put(document: dict[str, Any], steps: Steps, value: Any) -> dict[str, Any]:
+    changed = copy.deepcopy(document)
+    node: Any = changed
+    for step in steps[:-1]:
+        node = node[step]
+    node[steps[-1]] = value
+    return changed
+
+
+def bounds(kind: str) -> dict[str, tuple[dict[str, Any], str, str]]:
+    """One violation of each bound of each field of a kind: by name, the document, the field and the words."""
+    found: dict[str, tuple[dict[str, Any], str, str]] = {}
+    for document in documents(kind):
+        for steps, node, value in leaves(SCHEMAS[kind]["properties"]["spec"], document["spec"], ("spec",)):
+            general = path_of(tuple(step if isinstance(step, str) else 0 for step in steps))
+            for bound, wrong, words in violations(node, value):
+                field = path_of(steps) + (f".{bound.removeprefix('required.')}" if "required." in bound else "")
+                found.setdefault(f"{general}:{bound}", (put(document, steps, wrong), field, words))
+    return found
+
+
+@pytest.mark.parametrize("kind", SCHEMAS)
+def test_every_bound_of_every_field_refuses(api: Any, kind: str) -> None:
+    rows = bounds(kind)
+    assert len(rows) > 60
+    wrong = []
+    for name, (document, field, words) in rows.items():
+        answer = api.create("default", PLURALS[kind], document, dryRun="All")
+        hits = [message for where, message in answer.causes if where == field and words in message]
+        if answer.accepted or not hits:
+            wrong.append(f"{name}: wanted {field}: {words}; got {answer.status} {answer.message[:300]}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("kind", SCHEMAS)
+def test_unknown_field_is_refused_at_every_depth(api: Any, kind: str) -> None:
+    wrong = []
+    for document in documents(kind):
+        for steps, node, value in leaves(SCHEMAS[kind]["properties"]["spec"], document["spec"], ("spec",)):
+            if "properties" not in node:
+                continue
+            answer = api.create("default", PLURALS[kind], put(document, steps, {**value, "mistyped": 1}), dryRun="All")
+            if answer.accepted or f'unknown field "{path_of((*steps, "mistyped"))}"' not in answer.message:
+                wrong.append(f"{path_of(steps)}: {answer.status} {answer.message}")
+    assert not wrong, "\n".join(wrong)
+
+
+# -------------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize("kind", SCHEMAS)
+@pytest.mark.parametrize("name", ["a" * (NAME_LIMIT + 1), "a.b", "1a"], ids=["long", "dots", "digit-first"])
+def test_name_is_refused(api: Any, kind: str, name: str) -> None:
+    answer = api.create("default", PLURALS[kind], build(kind, {}, name), dryRun="All")
+    refused(answer, "metadata.name", f"must have at most {NAME_LIMIT} characters")
+
+
+@pytest.mark.parametrize("kind", SCHEMAS)
+@pytest.mark.parametrize("name", ["a", "a" * NAME_LIMIT, "a-1"], ids=["short", "long", "dash"])
+def test_name_is_accepted(api: Any, kind: str, name: str) -> None:
+    answer = api.create("default", PLURALS[kind], build(kind, {}, name), dryRun="All")
+    assert answer.accepted, answer.message
+
+
+# --------------------------------------------------------------------------------------- started jobs
+
+STARTED = {"status": {"startTime": "2026-01-01T00:00:00Z"}}
+
+EDITS: dict[str, dict[str, Any]] = {
+    "FineTuneJob": {
+        "method": "pretrain",
+        "model": {"dtype": "float16"},
+        "dataset": {"train": [{"from": {"inline": '{"a": 1}'}}]},
+        "template": {"system": "Be brief."},
+        "tuner": {"lora": {"rank": 16}},
+        "training": {"learningRate": 1e-3},
+        "checkpoint": {"keep": 5},
+        "distributed": {"nodes": 2},
+        "output": {"uri": PLACE},
+        "storage": {"region": "eu-central-1"},
+        "pod": {"affinity": {"nodeAffinity": {"a": 1}}},
+        "retries": {"limit": 0},
+        "activeDeadlineSeconds": 5,
+        "hangTimeoutSeconds": 60,
+    },
+    "MergeJob": {
+        "adapters": [{"from": HUB, "weight": 2}],
+        "base": HUB,
+        "dtype": "float16",
+        "maxShardSize": "1GB",
+        "verify": {"enabled": False},
+        "output": {"uri": PLACE},
+        "storage": {"region": "eu-central-1"},
+        "pod": {"priorityClassName": "high"},
+        "retries": 0,
+        "activeDeadlineSeconds": 5,
+    },
+}
+FREE = {"suspend", "ttlSecondsAfterFinished"}
+
+
+@pytest.mark.parametrize("kind", EDITS)
+def test_edits_cover_every_field(kind: str) -> None:
+    assert set(SCHEMAS[kind]["properties"]["spec"]["properties"]) == set(EDITS[kind]) | FREE
+
+
+@pytest.mark.parametrize("kind", EDITS)
+def test_job_may_change_until_it_starts_and_not_afterwards(api: Any, namespace: str, kind: str) -> None:
+    plural = PLURALS[kind]
+    made = api.create(namespace, plural, build(kind, {}))
+    assert made.accepted, made.message
+    for field, value in EDITS[kind].items():
+        answer = api.patch(namespace, plural, "job", {"spec": {field: value}}, dryRun="All")
+        assert answer.accepted, f"{field}: {answer.message}"
+    assert api.patch(namespace, plural, "job", STARTED, subresource="status").accepted
+    for field, value in EDITS[kind].items():
+        answer = api.patch(namespace, plural, "job", {"spec": {field: value}}, dryRun="All")
+        refused(answer, f"spec.{field}", "delete the job, or apply it under another name")
+    for change in ({"suspend": True}, {"ttlSecondsAfterFinished": 60}, {"ttlSecondsAfterFinished": None}):
+        answer = api.patch(namespace, plural, "job", {"spec": change})
+        assert answer.accepted, answer.message
+    again = build(kind, {})
+    read = api.read(namespace, plural, "job").body
+    again["metadata"] = {"name": "job", "resourceVersion": read["metadata"]["resourceVersion"]}
+    path = f"/apis/trimtab.dev/v1alpha1/namespaces/{namespace}/{plural}/job"
+    assert api.request("PUT", path, again).accepted, "applying the very same job again"
+
+
+def test_started_job_with_everything_set_is_cheap_enough_to_guard(api: Any, namespace: str) -> None:
+    """The run-time budget of the rules holds for the largest parts that an object can have."""
+    rows = "{}" * 30_000
+    parts = [{"from": {"inline": rows}} for _ in range(8)]
+    body = build(F, {"dataset.train": parts, "pod.env": [{"name": f"N{n}", "value": "v" * 4096} for n in range(64)]})
+    made = api.create(namespace, "finetunejobs", body)
+    assert made.accepted, made.message
+    assert api.patch(namespace, "finetunejobs", "job", STARTED, subresource="status").accepted
+    answer = api.patch(namespace, "finetunejobs", "job", {"spec": {"suspend": True}})
+    assert answer.accepted, answer.message
+    parts[-1]["from"]["inline"] = "[]" * 30_000
+    answer = api.patch(namespace, "finetunejobs", "job", {"spec": {"dataset": {"train": parts}}})
+    refused(answer, "spec.dataset", "may not change once the job has started")
+
+
+def test_adapters_come_and_go_while_served(api: Any, namespace: str) -> None:
+    assert api.create(namespace, "modeldeployments", build(D, {})).accepted
+    assert api.patch(namespace, "modeldeployments", "job", STARTED, subresource="status").accepted
+    for adapters in ([{"name": "a", "from": HUB}], []):
+        answer = api.patch(namespace, "modeldeployments", "job", {"spec": {"adapters": adapters}})
+        assert answer.accepted, answer.message
+    clash = {"spec": {"adapters": [{"name": "job", "from": HUB}]}}
+    refused(api.patch(namespace, "modeldeployments", "job", clash), "spec.adapters", "set model.name")
