@@ -43,15 +43,22 @@ def cluster_reporter(config: RunConfig) -> Reporter:
     return Several(ConfigMapReporter(config.job.namespace, config.progress_config_map), MetricsReporter())
 
 
+def _bar() -> Reporter:
+    from trimtab_trainer.bar import BarReporter
+
+    return BarReporter()
+
+
 def main() -> int:
     """Run this rank and return its exit code: 0 as well after a preemption, when all ranks leave together."""
     place = Place.here()
-    workplace.log_to_stderr(place.rank)
+    watched = workplace.BAR in os.environ
+    workplace.log_to_stderr(place.rank, quiet=watched)
     results.announce(workplace.results_folder(), place.rank)
     try:
         config = RunConfig.model_validate_json(workplace.run_file().read_text())
         workplace.prepare(workplace.work_root(), hub=uses_hub(config))
-        result = run_rank(config, place, lambda: cluster_reporter(config))
+        result = run_rank(config, place, _bar if watched else lambda: cluster_reporter(config))
     except Exception as error:  # noqa: BLE001 - the door: every ending becomes a result
         code, ending = ending_of(error)
         result = RankResult(rank=place.rank, exit=code, ending=ending)

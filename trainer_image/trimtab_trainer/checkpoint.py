@@ -23,7 +23,10 @@ from trimtab_trainer.output import Output, files_of
 
 log = logging.getLogger(__name__)
 
-KEPT_LOCALLY = "checkpoint-"
+FOLDER = "checkpoint-"
+"""How transformers begins the name of a checkpoint's folder."""
+NOT_KEPT = {"training_args.bin", "README.md"}
+"""What transformers writes and a resume does not read; the first is a pickle with this pod's paths in it."""
 
 
 def random_state_file(rank: int, world: int) -> str:
@@ -71,7 +74,7 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Upload the checkpoint that was just written; the manifest comes last."""
         step = int(state.global_step)
-        folder = Path(args.output_dir) / f"{KEPT_LOCALLY}{step}"
+        folder = Path(args.output_dir) / f"{FOLDER}{step}"
         prefix = self._output.layout.checkpoint(step)
         place = self._group.place
         window = {"loss": float(self.trainer._tr_loss), "logged": self.trainer._globalstep_last_logged}
@@ -96,7 +99,7 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
             if rank != place.rank
             for name in (random_state_file(rank, place.world), window_file(rank))
         }
-        written = set(files_of(folder))
+        written = set(files_of(folder)) - NOT_KEPT
         names = written - others if place.first else written & own
         if missing := own - written:
             raise Fault(Reason.CRASHED, f"process {place.rank} wrote no {', '.join(sorted(missing))} into {folder}")

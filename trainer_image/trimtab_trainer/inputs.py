@@ -86,7 +86,7 @@ def fetch_model(
     """
     if source.s3 is not None:
         path, digest = _fetch_s3(source.s3, into, only, patience)
-        reference = source.reference
+        reference = source.s3.uri
     elif source.hugging_face is not None:
         path, reference = _fetch_hub_model(source.hugging_face, into, only)
         digest = None

@@ -19,6 +19,7 @@ from trimtab_api.conditions import Reason
 from trimtab_api.contract import Exit, RankResult, RunConfig
 from trimtab_trainer import results, workplace
 from trimtab_trainer.endings import Fault, ending_of
+from trimtab_trainer.inputs import uses_hub
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,12 @@ class Gang:
         return range(first, first + self.processes)
 
     def command(self) -> list[str]:
-        """torchrun for this pod. A lone pod chooses a free port, so that two may share a network."""
+        """torchrun for this pod. A lone pod chooses a free port, so that two may share a network.
+
+        A lone process has nobody to meet: it is started without torchrun, whose import alone takes seconds.
+        """
+        if self.nodes * self.processes == 1:
+            return [sys.executable, "-m", "trimtab_trainer"]
         meeting = (
             ["--standalone"]
             if self.nodes == 1
@@ -93,8 +99,8 @@ class Gang:
         ]  # fmt: skip
 
 
-class Torchrun:
-    """torchrun as a child in a process group of its own."""
+class Ranks:
+    """The ranks of this pod, below torchrun, in a process group of their own."""
 
     def __init__(self, gang: Gang, environment: dict[str, str]):
         self.signalled = False
@@ -102,14 +108,14 @@ class Torchrun:
         self._command = gang.command()
         self._environment = environment
 
-    def pass_on(self, number: int, _frame: FrameType | None) -> None:
+    def pass_on(self, _number: int, _frame: FrameType | None) -> None:
         """Signal handler: the ranks shall save a common step and leave."""
         self.signalled = True
         if self._process is not None:
-            self._process.send_signal(number)
+            self._process.send_signal(signal.SIGTERM)
 
     def run(self) -> int:
-        """Run to the end; whatever is left of the group is killed then. Returns torchrun's exit code."""
+        """Run to the end; whatever is left of the group is killed then. Returns the child's exit code."""
         # A signal that came before the child exists is passed on right after its birth.
         self._process = subprocess.Popen(self._command, env=self._environment, start_new_session=True)
         if self.signalled:
@@ -128,6 +134,8 @@ def environment_for(gang: Gang, inherited: Mapping[str, str]) -> dict[str, str]:
     kept = {name: value for name, value in inherited.items() if not name.startswith("PET_")}
     return {
         **kept,
+        # Pods without a CPU limit share cores: threads that spin while they wait would take them from each other.
+        "OMP_WAIT_POLICY": inherited.get("OMP_WAIT_POLICY", "PASSIVE"),
         "OMP_NUM_THREADS": inherited.get("OMP_NUM_THREADS", str(workplace.threads(gang.processes))),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(1, grace - SPARE_SECONDS)),
         "PYTHONUNBUFFERED": "1",
@@ -142,26 +150,22 @@ def oom_kills(events: Path = Path("/sys/fs/cgroup/memory.events")) -> int:
     return int(counts.get("oom_kill", 0))
 
 
-def launch() -> RankResult:
-    """Run the ranks of this pod and conclude from what they left."""
-    config = RunConfig.model_validate_json(workplace.run_file().read_text())
-    gang = Gang.of(os.environ, config)
-    hub = any(
-        source.hugging_face for source in [config.model, config.tokenizer, *config.train, *config.validation] if source
-    )
-    workplace.prepare(workplace.work_root(), hub=hub)
+def launch(config: RunConfig, gang: Gang, environment: Mapping[str, str]) -> RankResult:
+    """Run the ranks of this pod and conclude from what they left. SIGTERM and SIGINT ask them to save and leave."""
+    workplace.prepare(workplace.work_root(), hub=uses_hub(config))
     results.clear(workplace.results_folder())
-    torchrun = Torchrun(gang, environment_for(gang, os.environ))
-    signal.signal(signal.SIGTERM, torchrun.pass_on)
+    ranks = Ranks(gang, environment_for(gang, {**environment, **workplace.settings()}))
+    signal.signal(signal.SIGTERM, ranks.pass_on)
+    signal.signal(signal.SIGINT, ranks.pass_on)
     kills = oom_kills()
     log.info("starting ranks %s of %s", list(gang.ranks), config.resolved.world_size)
-    code = torchrun.run()
+    code = ranks.run()
     return results.conclude(
         results.gather(workplace.results_folder()),
         gang.ranks,
-        signalled=torchrun.signalled,
+        signalled=ranks.signalled,
         out_of_memory=oom_kills() > kills,
-        launcher_code=code,
+        exit_code=code,
     )
 
 
@@ -169,7 +173,8 @@ def main() -> int:
     """Launch, write the termination message, return the table's code."""
     workplace.log_to_stderr()
     try:
-        result = launch()
+        config = RunConfig.model_validate_json(workplace.run_file().read_text())
+        result = launch(config, Gang.of(os.environ, config), os.environ)
     except Exception as error:  # noqa: BLE001 - the last door: whatever it is, the message must be written
         code, ending = ending_of(error)
         result = RankResult(rank=0, exit=code, ending=ending)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -201,7 +200,7 @@ def _copy(source: Path, target: Path, name: str) -> ManifestFile:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
+    temporary.replace(target)
     return ManifestFile(path=name, size=target.stat().st_size, sha256=_digest(target))
 
 

@@ -1,4 +1,4 @@
-"""What a run hands over: weights as safetensors, tokenizer with the template baked in, args.json; checked, then sealed."""
+"""What a run hands over: safetensors, tokenizer with the template baked in, args.json; checked, then sealed."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write(model: Any, tokenizer: Any, dtype: Any, provenance: Provenance, folder: Path) -> None:
-    """Write the artifact's files.
+def write(model: Any, tokenizer: Any, stops: list[int], dtype: Any, provenance: Provenance, folder: Path) -> None:
+    """Write the artifact's files; `stops` are the ids that end an answer.
 
     Raises Fault(AssertionFailed) when a saved adapter, read back, changes nothing.
     """
@@ -102,7 +102,10 @@ def write(model: Any, tokenizer: Any, dtype: Any, provenance: Provenance, folder
     if provenance.template is not None:
         tokenizer.chat_template = provenance.template
     tokenizer.save_pretrained(folder)
-    _generation(model).save_pretrained(folder)
+    generation = _generation(model)
+    # The trainer replaces these by the tokenizer's single end-of-text token when it begins.
+    generation.eos_token_id, generation.pad_token_id = stops, tokenizer.pad_token_id
+    generation.save_pretrained(folder)
     (folder / "args.json").write_text(json.dumps(provenance.arguments(), indent=2, sort_keys=True) + "\n")
 
 

@@ -44,7 +44,7 @@ def gather(folder: Path) -> dict[int, RankResult]:
 
 
 def conclude(
-    results: dict[int, RankResult], ranks: range, *, signalled: bool, out_of_memory: bool, launcher_code: int
+    results: dict[int, RankResult], ranks: range, *, signalled: bool, out_of_memory: bool, exit_code: int
 ) -> RankResult:
     """One ending for the pod: a published artifact wins, then a cause, then a consequence of what others met."""
     published = next((result for result in results.values() if result.ending.artifact is not None), None)
@@ -52,7 +52,7 @@ def conclude(
         return published
     silent = [rank for rank in ranks if rank not in results]
     if silent:
-        results = {**results, silent[0]: _silence(silent[0], signalled, out_of_memory, launcher_code)}
+        results = {**results, silent[0]: _silence(silent[0], signalled, out_of_memory, exit_code)}
     return min(results.values(), key=lambda result: (_weight(result.exit), result.rank))
 
 
@@ -63,13 +63,13 @@ def _weight(code: Exit) -> int:
     return {Exit.CRASHED: 1, Exit.STALLED: 2, Exit.PREEMPTED: 3, Exit.OK: 4}[code]
 
 
-def _silence(rank: int, signalled: bool, out_of_memory: bool, launcher_code: int) -> RankResult:
+def _silence(rank: int, signalled: bool, out_of_memory: bool, exit_code: int) -> RankResult:
     if out_of_memory:
         fault = Fault(Reason.OUT_OF_MEMORY, f"rank {rank} was killed by the kernel: the pod's memory ran out")
     elif signalled:
         fault = Fault(Reason.PREEMPTED, f"rank {rank} was told to leave before it could save a step")
     else:
-        fault = Fault(Reason.CRASHED, f"rank {rank} ended without a word (torchrun exited with {launcher_code})")
+        fault = Fault(Reason.CRASHED, f"rank {rank} ended without a word (exit code {exit_code})")
     code, ending = ending_of(fault)
     assert EXITS[fault.reason] is code
     return RankResult(rank=rank, exit=code, ending=ending)

@@ -136,7 +136,8 @@ class Run:
         source, spec = self.config.tokenizer, self.config.spec
         if source is not None:
             return once_per_pod(self.group, lambda: fetch_model(source, into, pins, only=tokenizer.FILES).path)
-        assert spec.model.scratch is not None and spec.model.scratch.tokenizer.train is not None
+        assert spec.model.scratch is not None
+        assert spec.model.scratch.tokenizer.train is not None
         size = spec.model.scratch.tokenizer.train.vocab_size
         prefix = self.output.layout.tokenizer
 
@@ -222,7 +223,7 @@ class Run:
             upload_whole(self.output, work / "report", self.output.layout.report, provenance.made_by())
             dtype = getattr(torch, precision(self.config))
             model = trainer.accelerator.unwrap_model(trainer.model)
-            publish.write(model, prepared.tokenizer, dtype, provenance, folder)
+            publish.write(model, prepared.tokenizer, prepared.stops, dtype, provenance, folder)
             artifact = publish.upload(self.output, folder, provenance)
             return Ending(
                 reason=Reason.SUCCEEDED,

@@ -1,4 +1,4 @@
-"""Where a process may write, how many threads it gets, and what it may ask of the network: set before torch is imported."""
+"""Where a process may write, how many threads it gets, what it may ask of the network: set before torch comes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,28 @@ WORK = "TRIMTAB_WORK"
 """Overrides contract.WORK_ROOT."""
 TERMINATION_LOG = "TRIMTAB_TERMINATION_LOG"
 """Overrides contract.TERMINATION_LOG."""
+BAR = "TRIMTAB_BAR"
+"""Set where a person watches: a bar instead of a ConfigMap and metrics."""
 GRACE_SECONDS = "TRIMTAB_GRACE_SECONDS"
 """The pod's terminationGracePeriodSeconds; torchrun's patience stays ten seconds below it."""
+
+
+_CACHES = {
+    "HF_HOME": "huggingface",
+    "TMPDIR": "tmp",
+    "MPLCONFIGDIR": "matplotlib",
+    "XDG_CACHE_HOME": "cache",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TRITON_CACHE_DIR": "triton",
+}
+_QUIET = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+_OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 def run_file() -> Path:
@@ -43,23 +63,19 @@ def results_folder() -> Path:
 
 def prepare(root: Path, hub: bool) -> None:
     """Point every library's caches below `root`; keep them off the network unless a source is on the hub."""
-    for variable, folder in (
-        ("HF_HOME", "huggingface"),
-        ("TMPDIR", "tmp"),
-        ("MPLCONFIGDIR", "matplotlib"),
-        ("XDG_CACHE_HOME", "cache"),
-        ("TORCHINDUCTOR_CACHE_DIR", "inductor"),
-        ("TRITON_CACHE_DIR", "triton"),
-    ):
+    for variable, folder in _CACHES.items():
         path = root / folder
         path.mkdir(parents=True, exist_ok=True)
         os.environ[variable] = str(path)
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for variable, value in _QUIET.items():
+        os.environ.setdefault(variable, value)
     if not hub:
-        for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
-            os.environ[variable] = "1"
+        os.environ.update(dict.fromkeys(_OFFLINE, "1"))
+
+
+def settings() -> dict[str, str]:
+    """What `prepare` has set, for a child's environment."""
+    return {name: os.environ[name] for name in (*_CACHES, *_QUIET, *_OFFLINE) if name in os.environ}
 
 
 def threads(processes: int) -> int:
@@ -77,12 +93,12 @@ def _cpu_limit(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
     return cores
 
 
-def log_to_stderr(rank: int | None = None) -> None:
-    """One line a record, to standard error; other ranks than the first say warnings alone."""
+def log_to_stderr(rank: int | None = None, quiet: bool = False) -> None:
+    """One line a record, to standard error; other ranks than the first, and all when quiet, say warnings alone."""
     where = "" if rank is None else f" rank {rank}"
     logging.basicConfig(
         stream=sys.stderr,
-        level=logging.INFO if rank in (None, 0) else logging.WARNING,
+        level=logging.INFO if rank in (None, 0) and not quiet else logging.WARNING,
         format=f"%(asctime)s %(levelname)s{where} %(name)s: %(message)s",
         force=True,
     )

@@ -1,1 +1,1 @@
-"""From files to tokens: reading, checking rows, sampling, rendering, masks, sequences. No torch before the last room."""
+"""From files to tokens: reading, checking rows, sampling, rendering, masks, sequences. No torch here."""

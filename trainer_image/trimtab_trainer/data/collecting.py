@@ -84,7 +84,7 @@ def collect(
         if held_out >= len(everything):
             raise Fault(Reason.DATA_EMPTY, f"dataset.validationSplit leaves no row of {len(everything)} to train on")
         order = list(range(len(everything)))
-        random.Random(dataset.seed).shuffle(order)
+        random.Random(dataset.seed).shuffle(order)  # noqa: S311 - a draw that must come again
         validation_path = everything.copy(into / "validation.jsonl", sorted(order[:held_out]))
         train_path = everything.copy(into / "train.jsonl", sorted(order[held_out:]))
         digest.update(f"split {dataset.validation_split} {dataset.seed}".encode())
@@ -164,7 +164,8 @@ def _sampled(parts: list[LocalData], seed: int, needs: Needs, into: Path) -> Ite
 def sample(available: int, wanted: int, seed: int) -> list[int]:
     """Positions of `wanted` rows: each row as often as another, give or take one; which ones, the seed decides."""
     whole, rest = divmod(wanted, available)
-    return [*list(range(available)) * whole, *sorted(random.Random(seed).sample(range(available), rest))]
+    drawn = random.Random(seed).sample(range(available), rest)  # noqa: S311 - a draw that must come again
+    return [*list(range(available)) * whole, *sorted(drawn)]
 
 
 def _renamed(raw: dict[str, Any], part: DataPart, where: str, row: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""pretrain: every token of text or of rendered conversations is learnt; documents are separated by the end-of-text token."""
+"""pretrain: every token of text or of rendered conversations is learnt; the end-of-text token separates documents."""
 
 from __future__ import annotations
 

@@ -18,13 +18,10 @@ from trimtab_trainer.data.masks import render_row
 from trimtab_trainer.data.rows import Row
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.inputs import TOKENIZER_FILES
+from trimtab_trainer.model.chat import CHATML_TOKENS, END_OF_TEXT, SPECIAL, TURN_BEGINS, TURN_ENDS
 from trimtab_trainer.template import CHATML, ChatTemplate
 
-END_OF_TEXT = "<|endoftext|>"
-TURN_BEGINS = "<|im_start|>"
-TURN_ENDS = "<|im_end|>"
 FILES = TOKENIZER_FILES
-SPECIAL = (END_OF_TEXT, TURN_BEGINS, TURN_ENDS)
 
 
 def learn(rows: Iterable[Row], vocab_size: int, template: str | None, system: str | None, into: Path) -> None:
@@ -34,8 +31,7 @@ def learn(rows: Iterable[Row], vocab_size: int, template: str | None, system: st
     """
     from transformers import PreTrainedTokenizerFast
 
-    marks = {"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
-    chat = ChatTemplate.of(CHATML, template, system, marks)
+    chat = ChatTemplate.of(CHATML, template, system, CHATML_TOKENS)
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()

@@ -1,0 +1,236 @@
+"""A look at everything that the operator must not read, before an accelerator is held.
+
+    python -m trimtab_trainer.preflight
+
+Sources open, rows are sound, the model's files fit each other, the output can be written. Neither torch nor
+transformers is imported: it takes about a second on modest data.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.util
+import json
+import logging
+import runpy
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import trimtab_store as store
+from trimtab_api.conditions import Reason
+from trimtab_api.contract import Ending, Exit, ModelInput, RunConfig
+from trimtab_api.v1alpha1.finetunejob import Scratch
+from trimtab_api.v1alpha1.status import PinnedInput
+from trimtab_trainer import workplace
+from trimtab_trainer.data import collecting
+from trimtab_trainer.data.collecting import Collected, rows_of
+from trimtab_trainer.data.masks import render_row
+from trimtab_trainer.endings import Fault, ending_of
+from trimtab_trainer.inputs import (
+    SMALL_MODEL_FILES,
+    TOKENIZER_FILES,
+    WEIGHT_FILES,
+    LocalData,
+    LocalModel,
+    Pins,
+    fetch_data,
+    fetch_model,
+    uses_hub,
+)
+from trimtab_trainer.methods import METHODS
+from trimtab_trainer.model.chat import CHATML_TOKENS
+from trimtab_trainer.model.loading import architecture
+from trimtab_trainer.output import open_output
+from trimtab_trainer.template import CHATML, ChatTemplate, special_tokens_in, template_in
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 10.0
+"""Seconds that a storage may take to answer: a later look is cheaper than a long one."""
+RENDERED_ROWS = 2000
+"""Rows that are rendered and, where a tokenizer is at hand, measured."""
+
+
+def check(config: RunConfig, work: Path) -> Ending:
+    """Look at all inputs.
+
+    Raises Fault and the store's errors for the first thing that is wrong.
+    """
+    open_output(config.output, patience=PATIENCE).probe()
+    pins = Pins(config.pins)
+    train = [fetch_data(source, work / f"train-{i}", pins, PATIENCE) for i, source in enumerate(config.train)]
+    held = [fetch_data(source, work / f"held-{i}", pins, PATIENCE) for i, source in enumerate(config.validation)]
+    needs = METHODS[config.spec.method].needs(config)
+    collected = collecting.collect(train, held, config.spec.dataset, needs, work / "rows")
+    models = [source for source in (config.model, config.tokenizer) if source is not None]
+    local = [_model(source, config, work / f"model-{i}", pins) for i, source in enumerate(models)]
+    if config.spec.model.scratch is not None:
+        _scratch(config.spec.model.scratch)
+    folder = local[0].path if local else None
+    _rows(config, collected, folder)
+    found = [
+        PinnedInput(field=source.field, uri=each.reference, digest=each.digest)
+        for source, each in zip(models, local, strict=True)
+    ]
+    return Ending(
+        reason=Reason.INPUTS_SOUND,
+        message=f"{collected.rows} rows are sound",
+        pins=[*found, *(_pin(each) for each in [*train, *held])],
+        rows=collected.rows,
+        dataset_digest=collected.digest,
+    )
+
+
+def _pin(data: LocalData) -> PinnedInput:
+    return PinnedInput(field=data.source.field, uri=data.display[:1100], digest=data.digest)
+
+
+def _model(source: ModelInput, config: RunConfig, into: Path, pins: Pins) -> LocalModel:
+    whole = source is config.model
+    if whole and source.s3 is not None:
+        _weights(source, config)
+    local = fetch_model(source, into, pins, only=SMALL_MODEL_FILES if whole else TOKENIZER_FILES, patience=PATIENCE)
+    if whole:
+        described = architecture(local.path, source.field, local.reference)
+        if whole and source.path is not None and not any(local.path.glob("*.safetensors")):
+            raise _no_weights(source, local.reference)
+        _vocabulary(source, local, described.get("vocab_size"))
+    if not (local.path / "tokenizer.json").is_file():
+        hint = "Convert the tokenizer to tokenizer.json with transformers and publish it there."
+        raise Fault(Reason.MODEL_INVALID, f"{source.field} {local.reference}: no tokenizer.json there", hint)
+    return local
+
+
+def _weights(source: ModelInput, config: RunConfig) -> None:
+    """The weights are looked for, not fetched; and the pods' disk must hold them."""
+    assert source.s3 is not None
+    with store.connect(source.s3.connection, patience=PATIENCE) as s3:
+        identity = store.identify(s3, source.s3.uri)
+    names = [Path(name).name for name in identity.files]
+    if "adapter_config.json" not in names and not any(fnmatch.fnmatch(name, WEIGHT_FILES[0]) for name in names):
+        raise _no_weights(source, source.s3.uri)
+    limit = config.spec.pod.resources.limits.get("ephemeral-storage")
+    room = None if limit is None else quantity(limit)
+    # The weights themselves, and with full tuning a checkpoint of them in float32 with two moments.
+    needed = identity.size * (7 if config.resolved.tuner_type == "full" else 1.2)
+    if room is not None and needed > room:
+        raise Fault(
+            Reason.DISK_FULL,
+            f"about {needed / 2**30:.1f} GiB of scratch space are needed, pod.resources.limits allow {limit}",
+            "Raise ephemeral-storage in pod.resources.limits.",
+        )
+
+
+def _no_weights(source: ModelInput, reference: str) -> Fault:
+    hint = "Save the weights as safetensors; pickled ones are never opened, because that can run code."
+    return Fault(Reason.UNSAFE_FORMAT, f"{source.field} {reference}: no *.safetensors there", hint)
+
+
+def _vocabulary(source: ModelInput, local: LocalModel, size: object) -> None:
+    import tokenizers
+
+    path = local.path / "tokenizer.json"
+    if not (isinstance(size, int) and path.is_file()):
+        return
+    known = tokenizers.Tokenizer.from_file(str(path)).get_vocab_size(with_added_tokens=True)
+    if known > size:
+        raise Fault(
+            Reason.MODEL_INVALID,
+            f"{source.field} {local.reference}: the tokenizer has {known} tokens, the model embeddings for {size}",
+            "Publish the model with the tokenizer that it was trained with.",
+        )
+
+
+def _scratch(scratch: Scratch) -> None:
+    if scratch.extra is not None:
+        try:
+            parsed = json.loads(scratch.extra)
+        except json.JSONDecodeError as error:
+            problem = f"model.scratch.extra: not JSON: {error.msg} at column {error.colno}"
+            raise Fault(Reason.SPEC_INVALID, problem, "Write one JSON object.") from error
+        if not isinstance(parsed, dict):
+            raise Fault(Reason.SPEC_INVALID, "model.scratch.extra: must be a JSON object", "Write one JSON object.")
+    known = architectures()
+    if known and scratch.model_type not in known:
+        problem = f"model.scratch.modelType: transformers knows no {scratch.model_type!r}"
+        raise Fault(Reason.SPEC_INVALID, problem, "Name a model_type of transformers, for example llama.")
+
+
+def architectures() -> set[str]:
+    """The architectures that the installed transformers knows, read from its table without importing it."""
+    spec = importlib.util.find_spec("transformers")
+    folders = list(spec.submodule_search_locations or []) if spec is not None else []
+    table = Path(folders[0]) / "models" / "auto" / "auto_mappings.py" if folders else None
+    if table is None or not table.is_file():
+        return set()
+    return set(runpy.run_path(str(table)).get("CONFIG_MAPPING_NAMES", {}))
+
+
+def _rows(config: RunConfig, collected: Collected, folder: Path | None) -> None:
+    """Render the first rows as the training will; where a tokenizer is there, see that some fit."""
+    asked, learnt = config.spec.template, folder is None
+    own = CHATML if folder is None else template_in(folder)
+    if not collected.conversations and own is None:
+        return
+    special = CHATML_TOKENS if folder is None else special_tokens_in(folder)
+    template = ChatTemplate.of(own, asked.chat_template, asked.system, special)
+    render = template.renderer()
+    texts = []
+    for number, row in enumerate(rows_of(collected.train)):
+        if number == RENDERED_ROWS:
+            break
+        texts.append(render_row(row, render, config.resolved.loss)[0])
+    if learnt or config.resolved.truncation != "delete" or len(texts) < collected.rows:
+        return
+    assert folder is not None
+    _some_fit(texts, folder, config.spec.dataset.max_length)
+
+
+def _some_fit(texts: list[str], folder: Path, limit: int) -> None:
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if not any(len(tokenizer.encode(text, add_special_tokens=False)) <= limit for text in texts):
+        raise Fault(
+            Reason.DATA_EMPTY,
+            f"all {len(texts)} rows are longer than dataset.maxLength {limit} and would be deleted",
+            "Raise dataset.maxLength, or set dataset.truncation to left or right.",
+        )
+
+
+_UNITS = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "m": 1e-3}
+_BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50}
+
+
+def quantity(amount: int | str) -> float:
+    """An amount as Kubernetes writes it, as a number: 16Gi, 500m, 2."""
+    text = str(amount)
+    if text[-2:] in _BINARY:
+        return float(text[:-2]) * _BINARY[text[-2:]]
+    if text[-1:] in _UNITS:
+        return float(text[:-1]) * _UNITS[text[-1:]]
+    return float(text)
+
+
+def main() -> int:
+    """Check, write the termination message, print it, return the table's code."""
+    workplace.log_to_stderr()
+    try:
+        config = RunConfig.model_validate_json(workplace.run_file().read_text())
+        workplace.prepare(workplace.work_root(), hub=uses_hub(config))
+        work = Path(tempfile.mkdtemp(prefix="preflight-", dir=workplace.work_root()))
+        try:
+            code, ending = Exit.OK, check(config, work)
+        finally:
+            shutil.rmtree(work)
+    except Exception as error:  # noqa: BLE001 - the last door: whatever it is, the message must be written
+        code, ending = ending_of(error)
+    workplace.termination_log().write_text(ending.text())
+    sys.stdout.write(ending.text() + "\n")
+    return int(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
