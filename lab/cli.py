@@ -2,11 +2,12 @@
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lab import paths, tools
+from lab import foreign, paths, tools
 from lab.cluster import Cluster
 from lab.controlplane import ControlPlane
 from lab.report import LabError, say
@@ -41,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     verb("up", _up, "start the cluster, or bring it back from whatever is there")
     verb("down", _down, "end and remove everything but the caches")
     verb("env", _env, "print the exports that reach the cluster")
+    verb("images", _images, "build and push what is missing of the three images, and print their references")
     verb("status", _status, "say what runs and what it takes")
     verb("build", _build, "build the programs").add_argument(
         "what", nargs="?", choices=["control-plane", "all"], default="all"
@@ -64,14 +66,30 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _up(_: argparse.Namespace) -> None:
-    Cluster().up()
+    if foreign.named():
+        foreign.reach()
+    else:
+        Cluster().up()
 
 
 def _down(_: argparse.Namespace) -> None:
+    if foreign.named():
+        say("KUBECONFIG names a cluster that is not the lab's: left as it is")
+        return
     Cluster().down()
 
 
+def _images(_: argparse.Namespace) -> None:
+    references = foreign.publish() if foreign.named() else Cluster().images()
+    for part, reference in references.items():
+        print(f"{part}={reference}")
+
+
 def _env(_: argparse.Namespace) -> None:
+    if foreign.named():
+        for name in ("KUBECONFIG", "REGISTRY"):
+            print(f"export {name}={shlex.quote(os.environ.get(name, ''))}")
+        return
     cluster = Cluster()
     cluster.require()
     for name, value in cluster.exports().items():

@@ -10,6 +10,7 @@ from lab import (
     addons,
     builder,
     debian,
+    images,
     leftovers,
     network,
     node,
@@ -116,10 +117,11 @@ class Cluster:
         Raises:
             LabError: Something is in the way; the message says what and what to do.
         """
+        # Asked without the lock: a build of images may hold it for minutes.
+        if self._healthy():
+            say(f"the cluster is up: {self.plane.server}")
+            return
         with alone("cluster"):
-            if self._healthy():
-                say(f"the cluster is up: {self.plane.server}")
-                return
             preflight.check(images_built=any("trimtab-server" in name for name in builder.names()))
             debian.install()
             self._link()
@@ -147,6 +149,16 @@ class Cluster:
             if left := leftovers.traces(self.state):
                 raise LabError("these are still there:\n" + "\n".join(f"  {each}" for each in left))
             say(f"nothing of the cluster is left; caches stay in {paths.cache()}")
+
+    def images(self) -> dict[str, str]:
+        """Build and push what the registry lacks, and return the three references by digest.
+
+        Raises:
+            LabError: The cluster is not up, or a build failed; the message names its log.
+        """
+        with alone("cluster"):
+            self.require()
+            return images.publish(self.state)
 
     def service(self, name: str) -> Service:
         """Return a host process by its name.

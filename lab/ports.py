@@ -1,5 +1,6 @@
 """TCP ports: free ones, and by whose process a wanted one is taken."""
 
+import contextlib
 import socket
 from pathlib import Path
 
@@ -74,8 +75,10 @@ def _address(written: str) -> str:
 
 
 def _sockets(pid: int) -> set[str]:
-    try:
-        links = [entry.readlink().name for entry in Path(f"/proc/{pid}/fd").iterdir()]
-    except OSError:
-        return set()  # It ended while we looked, or belongs to somebody else.
-    return {link[len("socket:[") : -1] for link in links if link.startswith("socket:[")}
+    found = set()
+    # Processes and their files come and go while we look.
+    with contextlib.suppress(OSError):
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                found.add(entry.readlink().name.removeprefix("socket:[").removesuffix("]"))
+    return found

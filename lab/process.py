@@ -67,8 +67,8 @@ class Process:
 
     def pid(self) -> int | None:
         """Return its number, or None when it does not run."""
-        if self._child is not None and self._child.poll() is not None:
-            return None
+        if self._child is not None:
+            return self._child.pid if self._child.poll() is None else None
         return recorded(self.pidfile)
 
     def stop(self, grace: float = 10) -> None:
