@@ -1,0 +1,81 @@
+"""One look at one resource, the same for every kind: observe, plan, then the effects in their one order."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Generic, TypeVar
+
+from trimtab_operator.kube import Kube, KubeError, NameConflict, Refused, Unavailable
+from trimtab_operator.metrics import EVENTS_DROPPED
+from trimtab_operator.plan import Event, Key, Object, Plan
+
+log = logging.getLogger(__name__)
+
+Seen = TypeVar("Seen")
+
+
+@dataclass(frozen=True)
+class Kind(Generic[Seen]):
+    """What reconcile needs to know of a kind: how to look, how to decide, and what to say of a refusal."""
+
+    name: str
+    observe: Callable[[Kube, Key], Awaitable[tuple[Object, Seen] | None]]
+    """One snapshot: the resource as it was read, and what the plan looks at. None when the resource is gone."""
+    plan: Callable[[Seen, datetime], Plan]
+    """The decision. Pure."""
+    hindered: Callable[[Seen, datetime, str, str], Mapping[str, Any]]
+    """The status when an object cannot be made: seen, now, reason, message. Pure."""
+
+
+async def reconcile(kind: Kind[Any], key: Key, kube: Kube) -> float | None:
+    """Bring the world one step nearer to what the resource asks for; the seconds until the next look, if any.
+
+    Raises KubeError for what a later look may mend; the queue waits longer each time.
+    """
+    observed = await kind.observe(kube, key)
+    if observed is None:
+        return None
+    resource, seen = observed
+    now = datetime.now(UTC)
+    plan = kind.plan(seen, now)
+    try:
+        for made in plan.create:
+            await kube.create(made)
+        for made in plan.apply:
+            await kube.apply(made)
+    except (NameConflict, Refused) as error:
+        reason = "NameConflict" if isinstance(error, NameConflict) else "PodsRefused"
+        await write(kube, resource, kind.hindered(seen, now, reason, str(error)), now)
+        raise
+    if plan.status is not None:
+        await write(kube, resource, plan.status, now)
+    for pod in plan.release:
+        await kube.release(pod)
+    for ref, patch in plan.patch:
+        await kube.merge(ref, patch)
+    for ref in plan.delete:
+        await kube.delete(ref)
+    for event in plan.events:
+        await emit(kube, resource, event, now)
+    return plan.requeue_after
+
+
+async def write(kube: Kube, resource: Object, status: Mapping[str, Any], now: datetime) -> None:
+    """Write the status if it says anything new."""
+    if dict(status) != (resource.get("status") or {}):
+        await kube.write_status(resource, status)
+
+
+async def emit(kube: Kube, resource: Object, event: Event, now: datetime) -> None:
+    """Write an event. One that is lost is only counted: events are for eyes, status is for machines."""
+    said = f"{resource['metadata']['uid']}/{event.reason}/{event.message}"
+    name = f"{resource['metadata']['name']}.{hashlib.sha256(said.encode()).hexdigest()[:16]}"
+    try:
+        await kube.emit(resource, event, now.strftime("%Y-%m-%dT%H:%M:%SZ"), name)
+    except (Unavailable, KubeError) as error:
+        EVENTS_DROPPED.inc()
+        log.warning("event %s not written: %s", event.reason, error)
