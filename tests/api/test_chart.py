@@ -1,0 +1,141 @@
+"""The chart against a real API server: every object is taken, and the rights are enough and no more."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab.controlplane import ControlPlane
+from trimtab_api import names
+
+ROOT = Path(__file__).resolve().parents[2]
+Chart = Callable[..., str]
+Kubectl = Callable[..., str]
+
+WITHOUT_FOREIGN_KINDS = (
+    "--set", "metrics.serviceMonitor.enabled=false", "--set", "metrics.podMonitor.enabled=false",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ["default", "full", "namespaced"])
+def test_every_object_is_taken(chart_objects: Chart, kubectl: Kubectl, case: str) -> None:
+    """Strict: a field that the API server does not know is an error, for hooks and tests as well."""
+    values = ROOT / "tests" / "golden" / "chart" / f"{case}.values.yaml"
+    for each in ("research", "products"):
+        kubectl("apply", "--server-side", "-f", "-", stdin=json.dumps(
+            {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": each}}
+        ))  # fmt: skip
+    rendered = chart_objects("--values", str(values), *WITHOUT_FOREIGN_KINDS, "--set", "crds.enabled=false")
+    kubectl("create", "--validate=strict", "--dry-run=server", "-f", "-", stdin=rendered)
+
+
+def test_chart_and_crds_folder_install_the_same_kinds(chart_objects: Chart, kubectl: Kubectl) -> None:
+    for plural in ("finetunejobs", "mergejobs", "modeldeployments"):
+        rendered = chart_objects("--show-only", f"templates/crds/{plural}.yaml")
+        options = ("--server-side", "--force-conflicts", "--dry-run=server", "-o", "json", "-f", "-")
+        dry = json.loads(kubectl("apply", *options, stdin=rendered))
+        present = json.loads(kubectl("get", "crd", f"{plural}.{names.GROUP}", "-o", "json"))
+        assert dry["spec"] == present["spec"]
+
+
+ACCOUNT = "system:serviceaccount:trimtab-system:trimtab-operator"
+
+
+def may(api: Any, verb: str, resource: str, namespace: str = "") -> bool:
+    """Whether the API server lets the operator's account do this; no namespace means in all of them."""
+    whole, _, subresource = resource.partition("/")
+    plural, _, group = whole.partition(".")
+    wanted = {"verb": verb, "group": group, "resource": plural, "subresource": subresource, "namespace": namespace}
+    review = {"spec": {"user": ACCOUNT, "resourceAttributes": wanted}}
+    answer = api.request("POST", "/apis/authorization.k8s.io/v1/subjectaccessreviews", review)
+    assert answer.accepted, answer.message
+    return bool(answer.body["status"]["allowed"])
+
+
+RBAC = "rbac.authorization.k8s.io"
+FORBIDDEN = (
+    ("get", "secrets"), ("list", "secrets"), ("watch", "secrets"), ("create", "pods"), ("create", "pods/exec"),
+    ("create", "pods/attach"), ("get", "pods/log"), ("get", "nodes"), ("create", f"clusterroles.{RBAC}"),
+    ("escalate", f"roles.{RBAC}"), ("bind", f"roles.{RBAC}"), ("impersonate", "users"),
+    ("update", "finetunejobs.trimtab.dev"), ("patch", "modeldeployments.trimtab.dev"),
+    ("delete", "modeldeployments.trimtab.dev"), ("delete", "namespaces"), ("create", "serviceaccounts/token"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("verb", "resource"), FORBIDDEN, ids=lambda value: value.replace("/", "."))
+def test_operator_may_not(api: Any, operator_kubeconfig: Path, verb: str, resource: str) -> None:
+    assert not may(api, verb, resource, namespace="default")
+
+
+ALLOWED = (
+    ("list", "finetunejobs.trimtab.dev"), ("update", "mergejobs.trimtab.dev/status"),
+    ("create", "pytorchjobs.kubeflow.org"), ("watch", "pods"), ("create", "events"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("verb", "resource"), ALLOWED, ids=lambda value: value.replace("/", "."))
+def test_operator_may(api: Any, operator_kubeconfig: Path, verb: str, resource: str) -> None:
+    assert may(api, verb, resource)
+
+
+@pytest.fixture(scope="module")
+def aggregated(plane: ControlPlane, chart_objects: Chart) -> None:
+    plane.kubectl("apply", "--server-side", "-f", "-", stdin=chart_objects("--show-only", "templates/aggregate.yaml"))
+
+
+def test_editors_edit_our_kinds_and_get_no_other_right(plane: ControlPlane, aggregated: None) -> None:
+    """There is no controller here that sums up aggregated roles, so the parts are read."""
+    roles = json.loads(plane.kubectl("get", "clusterroles", "-l", "app.kubernetes.io/name=trimtab", "-o", "json"))
+    parts = {
+        role["metadata"]["name"]: role for role in roles["items"] if "aggregate" in str(role["metadata"]["labels"])
+    }
+    assert set(parts) == {"trimtab-view", "trimtab-edit"}
+    granted = [rule for role in parts.values() for rule in role["rules"]]
+    assert {group for rule in granted for group in rule["apiGroups"]} == {names.GROUP}
+    assert not [name for rule in granted for name in rule["resources"] if "status" in name or "finalizers" in name]
+    prefix = "rbac.authorization.k8s.io/aggregate-to-"
+    assert prefix + "view" not in parts["trimtab-edit"]["metadata"]["labels"]
+
+
+def evidence_pod(name: str, *finalizers: str) -> dict[str, Any]:
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "labels": {names.MANAGED_BY: names.MANAGED_BY_VALUE}, "finalizers": [*finalizers]},
+        "spec": {"containers": [{"name": "pytorch", "image": "none"}]},
+    }
+
+
+def test_uninstalling_frees_the_pods_that_are_left(
+    plane: ControlPlane, chart_objects: Chart, namespace: str, api: Any
+) -> None:
+    """As the hook runs it: with the hook's own rights and no other."""
+    rights = chart_objects("--show-only", "templates/uninstall.yaml")
+    plane.kubectl("apply", "--server-side", "--namespace", "trimtab-system", "-f", "-", stdin=rights)
+    kubeconfig = plane.service_account_kubeconfig("trimtab-system", "trimtab-uninstall")
+    pods = f"/api/v1/namespaces/{namespace}/pods"
+    for pod in (
+        evidence_pod("left", names.EVIDENCE_FINALIZER),
+        evidence_pod("shared", "example.org/other", names.EVIDENCE_FINALIZER),
+        evidence_pod("plain"),
+    ):
+        made = api.request("POST", pods, pod)
+        assert made.accepted, made.message
+    assert api.request("DELETE", f"{pods}/left").accepted
+    assert api.request("GET", f"{pods}/left").body["metadata"]["deletionTimestamp"]
+    done = subprocess.run(
+        [sys.executable, "-m", "trimtab_operator.uninstall"],
+        env={**os.environ, "KUBECONFIG": str(kubeconfig)},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "2 pods are free to go\n"
+    assert api.request("GET", f"{pods}/left").status == 404
+    assert api.request("GET", f"{pods}/shared").body["metadata"]["finalizers"] == ["example.org/other"]
