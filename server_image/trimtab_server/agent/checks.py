@@ -123,7 +123,7 @@ def _check_features(where: str, config: Mapping[str, Any]) -> None:
 
 _FEATURES = (
     "use_dora", "modules_to_save", "bias", "lora_bias", "layer_replication", "trainable_token_indices",
-    "alora_invocation_tokens", "use_qalora", "use_bdlora", "megatron_config", "arrow_config",
+    "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config",
 )  # fmt: skip
 """Keys of adapter_config.json whose features the engine leaves out or refuses; absent, false and empty are fine."""
 

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from enum import Enum
 
@@ -115,7 +115,22 @@ class Engine:
             names = frozenset()
         self._answered = time.monotonic()
         ours = self.base_name is not None and self.base_name in names
+        if ours and not self.answers and not await self._generates(str(self.base_name)):
+            return
         self._believe(Life.ANSWERS if ours else Life.STRANGE, names if ours else frozenset())
+
+    async def _generates(self, engine_name: str) -> bool:
+        """Whether one token comes out.
+
+        An engine that lists its models may still die of the first request, and one that can serve a model badly
+        enough to refuse it is not what is looked for here: only a fault of its own counts.
+        """
+        body = {"model": engine_name, "prompt": [0], "max_tokens": 1, "temperature": 0}
+        status, said = await self._post("/v1/completions", body)
+        if 0 < status < 500:
+            return True
+        log.warning("%s does not answer a request of one token: %s", engine_name, said[:QUOTE_LIMIT])
+        return False
 
     async def load(self, engine_name: str, path: str) -> None:
         """Load an adapter and see that it is there.
@@ -123,10 +138,13 @@ class Engine:
         Raises Unservable when it is not there afterwards, whatever the engine said.
         """
         with metrics.LOADS.time():
-            said = await self._post("/v1/load_lora_adapter", {"lora_name": engine_name, "lora_path": path})
+            _, said = await self._post("/v1/load_lora_adapter", {"lora_name": engine_name, "lora_path": path})
         await self.refresh()
         if engine_name in self.names:
-            return
+            if await self._generates(engine_name):
+                return
+            said = "it took the adapter and fails at its first token"
+            await self.unload(engine_name)
         if not self.answers:
             raise Unservable(Reason.LOADING, "the engine went away while it loaded the adapter", transient=True)
         raise Unservable(
@@ -164,15 +182,16 @@ class Engine:
                 self.max_model_length = int(each["max_model_len"])
         return frozenset(each["id"] for each in listed)
 
-    async def _post(self, path: str, body: dict[str, str]) -> str:
+    async def _post(self, path: str, body: Mapping[str, object]) -> tuple[int, str]:
+        """Status and text of the answer; status 0 when there was none."""
         timeout = aiohttp.ClientTimeout(total=LOAD_SECONDS)
         try:
             async with self._session.post(f"{self.url}{path}", json=body, timeout=timeout) as answer:
-                return f"HTTP {answer.status}: {(await answer.text()).strip()}"
+                return answer.status, f"HTTP {answer.status}: {(await answer.text()).strip()}"
         except TimeoutError:
-            return f"no answer within {LOAD_SECONDS:.0f} s"
+            return 0, f"no answer within {LOAD_SECONDS:.0f} s"
         except aiohttp.ClientError as error:
-            return f"{type(error).__name__}: {error}"
+            return 0, f"{type(error).__name__}: {error}"
 
     def _believe(self, life: Life, names: frozenset[str]) -> None:
         if life is Life.ANSWERS and self.life is not Life.ANSWERS:

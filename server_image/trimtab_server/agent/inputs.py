@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +18,10 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from trimtab_api.conditions import Reason
-from trimtab_api.contract import MANIFEST_NAME, Manifest, ModelInput, S3Place
+from trimtab_api.contract import MANIFEST_NAME, Connection, Manifest, ModelInput, S3Place
 from trimtab_api.v1alpha1.source import HubModel
 from trimtab_server.agent.failure import Unservable
-from trimtab_store import Cache, connect
+from trimtab_store import S3, Cache, connect
 from trimtab_store.errors import StorageError
 
 PATIENCE_SECONDS = 10.0
@@ -64,6 +65,8 @@ class Inputs:
     def __init__(self, cache: Cache, hub_folder: Path) -> None:
         self._cache = cache
         self._hub_folder = hub_folder
+        self._connections: dict[str, S3] = {}
+        self._connecting = threading.Lock()
 
     async def fetch(self, source: ModelInput, kind: Kind) -> Fetched:
         """The input, complete and verified, kept in the cache until released. Raises Unservable."""
@@ -83,11 +86,24 @@ class Inputs:
         raise Unservable(Reason.SPEC_INVALID, f"{source.field}: names no source; give s3, huggingFace or volume")
 
     def _from_storage(self, place: S3Place) -> Fetched:
-        with connect(place.connection, patience=PATIENCE_SECONDS) as s3:
-            # A folder that was not published by us is taken as it is listed, so it may be a half-finished upload:
-            # the checks of what it holds find that, and it is looked at again.
-            entry = self._cache.get(s3, place.uri, expected_digest=place.digest, safetensors_only=True, foreign=True)
+        # A folder that was not published by us is taken as it is listed, so it may be a half-finished upload:
+        # the checks of what it holds find that, and it is looked at again.
+        entry = self._cache.get(
+            self._connected(place.connection),
+            place.uri,
+            expected_digest=place.digest,
+            safetensors_only=True,
+            foreign=True,
+        )
         return Fetched(entry.path, entry.digest, _made_by(entry.path), entry.release)
+
+    def _connected(self, connection: Connection) -> S3:
+        """One client for each storage: a client costs some ten megabytes, and reads rotated keys by itself."""
+        with self._connecting:
+            key = connection.model_dump_json()
+            if key not in self._connections:
+                self._connections[key] = connect(connection, patience=PATIENCE_SECONDS)
+            return self._connections[key]
 
 
 async def _finish(work: Coroutine[Any, Any, Fetched]) -> Fetched:

@@ -199,7 +199,8 @@ class Keeper:
         self._around.on_change()
 
     def _fail(self, failure: Unservable) -> None:
-        log.warning("adapter %s: %s: %s", self.name, failure.reason, failure.message)
+        if self.failure is None or self.failure.message != failure.message:
+            log.warning("adapter %s: %s: %s", self.name, failure.reason, failure.message)
         self.failure = failure
         self._around.on_change()
 
