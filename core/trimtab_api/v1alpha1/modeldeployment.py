@@ -162,9 +162,9 @@ class ModelDeploymentStatus(Model):
     """Observations; Ready leads, with Progressing and Degraded beside it."""
     start_time: Time | None = None
     """When its pods were first asked for."""
-    replicas: Annotated[int, Field(ge=0)] = 0
+    replicas: Annotated[int, Field(ge=0, le=100_000)] = 0
     """Pods there are."""
-    ready_replicas: Annotated[int, Field(ge=0)] = 0
+    ready_replicas: Annotated[int, Field(ge=0, le=100_000)] = 0
     """Pods that answer."""
     ready: Annotated[str, Field(max_length=16)] = ""
     """The two in one text, for the READY column: 1/2."""
