@@ -150,3 +150,40 @@ def artifact_of(
             ),
         )
     return status.artifact
+
+
+def base_of(
+    adapters: Mapping[str, Producer | None], producers: Producers, default: Storage | None
+) -> ModelInput | Unmet | None:
+    """The base that adapters were trained on, as the FineTuneJobs that made them tell it, by field of the adapter.
+
+    None when none of them tells; Unmet when they name different ones.
+    """
+    told = {
+        field: (producer, producer.status.artifact.base)
+        for field, producer in adapters.items()
+        if isinstance(producer, FineTuneJob) and producer.status and producer.status.artifact
+        if producer.status.artifact.base is not None
+    }
+    digests = {field: base.digest for field, (_, base) in told.items() if base.digest is not None}
+    if len(set(digests.values())) > 1:
+        named = ", ".join(f"{field}: {digest}" for field, digest in sorted(digests.items()))
+        return Unmet(
+            Reason.BASE_MISMATCH,
+            f"the adapters were trained on different bases ({named}). Merge adapters of one base alone.",
+        )
+    for producer, base in told.values():
+        if base.uri.startswith("s3://"):
+            place = S3Place(uri=base.uri, connection=base_connection(producer, producers, default), digest=base.digest)
+            return ModelInput(field="base", reference=base.uri, s3=place)
+    return None
+
+
+def base_connection(adapter: FineTuneJob, producers: Producers, default: Storage | None) -> Connection:
+    """How a FineTuneJob reached the model that it started from."""
+    source = adapter.spec.model.from_
+    if source is not None and source.s3 is not None:
+        return connection(source.s3.storage, adapter.spec.storage, default)
+    reference = referenced(source) if source is not None else None
+    producer = producers.get(reference) if reference is not None else None
+    return output_connection(producer or adapter, default)

@@ -1,0 +1,59 @@
+"""One snapshot of a MergeJob: itself, what it refers to, what was made for it, and how its pod does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from trimtab_api import names
+from trimtab_api.v1alpha1 import FineTuneJob, MergeJob
+from trimtab_operator import lookup, trouble
+from trimtab_operator.kube import Kube
+from trimtab_operator.mergejob.plan import Seen, finished
+from trimtab_operator.plan import Key, Object
+from trimtab_operator.settings import Settings
+from trimtab_operator.sources import Producers, Reference, referenced
+
+
+async def observe(settings: Settings, kube: Kube, key: Key) -> tuple[Object, Seen] | None:
+    """The snapshot; None when the resource is gone."""
+    document = await kube.get(key.kind, key.namespace, key.name)
+    if document is None:
+        return None
+    job = MergeJob.read(document)
+    # The Job is read before its pods: a Job that has ended has pods that have ended.
+    children = await lookup.children(kube, key.namespace, _children(job))
+    work = children.get(("Job", names.merge(key.name)))
+    pods = await lookup.pods(kube, key.namespace, job.metadata.uid) if work else ()
+    living = [pod for pod in pods if not trouble.ended(pod) and not trouble.running(pod)]
+    about = [work, *living] if work and (living or not pods) and not finished(job) else []
+    return document, Seen(
+        job=job,
+        settings=settings,
+        producers={} if finished(job) else await _producers(kube, job),
+        children=children,
+        pods=pods,
+        warnings=await lookup.warnings(kube, key.namespace, (each["metadata"]["uid"] for each in about)),
+    )
+
+
+def _children(job: MergeJob) -> list[lookup.Child]:
+    name = names.merge(job.metadata.name)
+    if finished(job):
+        return [("Job", name)]
+    report = ("ConfigMap", names.merge_report(job.metadata.name))
+    return [report, *((kind, name) for kind in ("ServiceAccount", "Role", "RoleBinding", "ConfigMap", "Job"))]
+
+
+async def _producers(kube: Kube, job: MergeJob) -> Producers:
+    """What the job refers to, and what those adapters were trained from: it tells how their base is reached."""
+    sources = [*(adapter.from_ for adapter in job.spec.adapters), *([job.spec.base] if job.spec.base else [])]
+    first = await lookup.producers(kube, job.metadata.namespace, _references(referenced(each) for each in sources))
+    if job.spec.base is not None:
+        return first
+    trained = [each for each in first.values() if isinstance(each, FineTuneJob) and each.spec.model.from_]
+    further = _references(referenced(each.spec.model.from_) for each in trained if each.spec.model.from_)
+    return {**await lookup.producers(kube, job.metadata.namespace, further), **first}
+
+
+def _references(found: Iterable[Reference | None]) -> list[Reference]:
+    return [each for each in found if each is not None]
