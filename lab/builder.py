@@ -50,6 +50,12 @@ def names() -> set[str]:
     return set(buildah("images", "--all", "--format", "{{.Name}}:{{.Tag}}").split())
 
 
+def tidy(most: int) -> None:
+    """Drop layers that no named image stands on, once there are more images than `most`."""
+    if len(buildah("images", "--all", "--quiet").split()) > most:
+        buildah("rmi", "--prune", check=False)
+
+
 def plain(
     name: str, files: Mapping[str, Path | str], entrypoint: Sequence[str], links: Mapping[str, str] | None = None
 ) -> str:
@@ -88,7 +94,9 @@ def plain(
 
 def push(image: str, reference: str) -> None:
     """Copy an image into a registry that speaks plain HTTP; layers that it has are not sent again."""
-    buildah("push", "-q", "--tls-verify=false", "--disable-compression", image, f"docker://{reference}", timeout=1200)
+    # zstd at its fastest: two thirds of the time of gzip there and back, and a third of the space of nothing.
+    quick = ["--compression-format", "zstd", "--compression-level", "1"]
+    buildah("push", "-q", "--tls-verify=false", *quick, image, f"docker://{reference}", timeout=1200)
 
 
 def _temporary() -> Path:

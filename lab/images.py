@@ -18,6 +18,12 @@ SUITE = "bookworm"
 BASE_PACKAGES = ("ca-certificates", "netbase", "python3", "python3-venv", "tzdata")
 """What makes Debian's minimal system stand in for python:3.11-slim-bookworm."""
 
+KEPT = 5
+"""How many images of each kind stay: a job goes on with the one that it began with."""
+
+LAYERS_KEPT = 150
+"""How many layers of superseded code the builder may hold; they are a megabyte each."""
+
 CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
 
 
@@ -115,7 +121,7 @@ def _build(image: Image, name: str) -> None:
     if new:
         # Superseded needs are the only large layers; our own code's are a megabyte each.
         _record(image).write_text(image.needs_key())
-        builder.buildah("rmi", "--prune", check=False)
+    builder.tidy(0 if new else LAYERS_KEPT)
 
 
 def _built(image: Image) -> str:
@@ -196,10 +202,10 @@ def host_configuration(pip_config: str) -> tuple[str, str]:
 
 
 def _prune(state: Path, wanted: dict[Image, str]) -> None:
-    """Drop all but the two newest images of each kind, in the builder, the registry and the node."""
+    """Drop all but the newest images of each kind, in the builder, the registry and the node."""
     superseded = []
-    for repository in wanted.values():
-        for tag in registry.tags(state, repository)[2:]:
+    for image, repository in wanted.items():
+        for tag in set(registry.tags(state, repository)[KEPT:]) - {image.key()}:
             superseded.append(f"{repository}@{registry.digest(repository, tag)}")
             registry.forget(repository, tag)
             builder.buildah("rmi", f"localhost/{repository}:{tag}", check=False)

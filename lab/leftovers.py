@@ -19,8 +19,9 @@ STRAYS = (
     "/etc/cni",
     "/opt/cni",
     "/usr/libexec/kubernetes",
+    "/var/lib/containers",
 )
-"""Folders that kubelet and containerd make outside the state folder, whatever they are told."""
+"""Folders that kubelet, containerd and buildah make outside the state folder, whatever they are told."""
 
 KEPT = ("containerd", "registry", "s3", "s3.json", "logs", "outside.json")
 """What survives a crash: images and users' data. The API's objects and the node's pods do not."""
@@ -130,5 +131,5 @@ def caches() -> dict[str, int]:
 
 def size(folder: Path) -> int:
     """Return the bytes that a folder takes on disk."""
-    said = run(["du", "-s", "-B1", folder], check=False, timeout=300).stdout.split()
+    said = run(["du", "-s", "-x", "-B1", folder], check=False, timeout=300).stdout.split()
     return int(said[0]) if said else 0
