@@ -99,7 +99,7 @@ def publish(state: Path) -> dict[str, str]:
         tag = image.key()
         if registry.digest(repository, tag) is None:
             _build(image, f"localhost/{repository}:{tag}")
-            with step(f"pushing {repository}", 60 if not registry.tags(state, repository) else 0):
+            with step(f"pushing {repository}", 60 if not registry.tags(repository) else 0):
                 registry.publish(f"localhost/{repository}:{tag}")
         found[image.part] = f"{registry.ADDRESS}/{repository}@{registry.digest(repository, tag)}"
     _prune(state, wanted)
@@ -205,7 +205,7 @@ def _prune(state: Path, wanted: dict[Image, str]) -> None:
     """Drop all but the newest images of each kind, in the builder, the registry and the node."""
     superseded = []
     for image, repository in wanted.items():
-        for tag in set(registry.tags(state, repository)[KEPT:]) - {image.key()}:
+        for tag in set(registry.tags(repository)[KEPT:]) - {image.key()}:
             superseded.append(f"{repository}@{registry.digest(repository, tag)}")
             registry.forget(repository, tag)
             builder.buildah("rmi", f"localhost/{repository}:{tag}", check=False)

@@ -23,7 +23,7 @@ STRAYS = (
 )
 """Folders that kubelet, containerd and buildah make outside the state folder, whatever they are told."""
 
-KEPT = ("containerd", "registry", "s3", "s3.json", "logs", "outside.json")
+KEPT = ("containerd", "s3", "s3.json", "logs", "outside.json")
 """What survives a crash: images and users' data. The API's objects and the node's pods do not."""
 
 

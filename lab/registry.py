@@ -1,10 +1,10 @@
-"""The cluster's image registry: plain HTTP, on the node's address alone."""
+"""The cluster's image registry: plain HTTP, on the node's address alone. What it holds is a cache and survives `down`."""
 
 import http.client
 import json
 from pathlib import Path
 
-from lab import builder, network
+from lab import builder, network, paths
 from lab.process import Process
 from lab.report import LabError
 from lab.run import run
@@ -30,10 +30,15 @@ def configure(state: Path) -> None:
     content = {
         "version": 0.1,
         "log": {"level": "warn", "accesslog": {"disabled": True}},
-        "storage": {"filesystem": {"rootdirectory": str(state / "registry")}, "delete": {"enabled": True}},
+        "storage": {"filesystem": {"rootdirectory": str(storage_folder())}, "delete": {"enabled": True}},
         "http": {"addr": ADDRESS},
     }
     _config(state).write_text(json.dumps(content))
+
+
+def storage_folder() -> Path:
+    """Return the folder of all pushed layers."""
+    return paths.cache() / "registry"
 
 
 def digest(repository: str, tag: str) -> str | None:
@@ -63,9 +68,9 @@ def publish(image: str) -> str:
     return f"{ADDRESS}/{repository}@{found}"
 
 
-def tags(state: Path, repository: str) -> list[str]:
+def tags(repository: str) -> list[str]:
     """Return a repository's tags, the one that was pushed last first."""
-    folder = state / "registry/docker/registry/v2/repositories" / repository / "_manifests/tags"
+    folder = storage_folder() / "docker/registry/v2/repositories" / repository / "_manifests/tags"
     entries = sorted(folder.iterdir() if folder.exists() else [], key=lambda each: each.stat().st_mtime, reverse=True)
     return [entry.name for entry in entries]
 
