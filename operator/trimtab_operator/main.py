@@ -1,6 +1,6 @@
 """The operator's process: watches, queue, workers, a slow resync, and the two ports by which others judge it.
 
-    python -m trimtab_operator.main --settings /etc/trimtab/settings.json
+python -m trimtab_operator.main --settings /etc/trimtab/settings.json
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Operator:
         except KubeError as error:
             log.warning("%s: %s; again in %.1f s", key, error, self.queue.failed(key))
             return "error"
-        except Exception:  # noqa: BLE001 - a fault in one resource's handling must not end the work on all others
+        except Exception:
             log.exception("%s: this is a fault of the operator; again in %.1f s", key, self.queue.failed(key))
             return "fault"
         self.queue.done(key, after=again)
@@ -96,7 +96,8 @@ class Operator:
             await asyncio.sleep(self.settings.resync_seconds)
             try:
                 for kind in self.kinds:
-                    for namespace in self.settings.namespaces or [None]:
+                    everywhere: list[str | None] = [*self.settings.namespaces] or [None]
+                    for namespace in everywhere:
                         for item in await self.kube.list(kind, namespace):
                             meta = item["metadata"]
                             self.queue.add(Key(kind, meta["namespace"], meta["name"]))

@@ -10,8 +10,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from trimtab_api.conditions import SUCCEEDED, Reason
-from trimtab_api.contract import CA_ROOT, CREDENTIALS_ROOT, VOLUMES_ROOT, Connection, ModelInput, S3Place
+from trimtab_api.contract import (
+    CA_ROOT,
+    CREDENTIALS_ROOT,
+    VOLUMES_ROOT,
+    Connection,
+    JobIdentity,
+    ModelInput,
+    S3Place,
+    run_prefix,
+)
 from trimtab_api.v1alpha1 import FineTuneJob, MergeJob
+from trimtab_api.v1alpha1.finetunejob import Output
 from trimtab_api.v1alpha1.source import ModelSource, Storage, VolumeSource
 from trimtab_api.v1alpha1.status import Artifact
 
@@ -187,3 +197,17 @@ def base_connection(adapter: FineTuneJob, producers: Producers, default: Storage
     reference = referenced(source) if source is not None else None
     producer = producers.get(reference) if reference is not None else None
     return output_connection(producer or adapter, default)
+
+
+def output_place(
+    output: Output, storage: Storage | None, default: Storage | None, default_uri: str | None, job: JobIdentity
+) -> S3Place | Unmet:
+    """The prefix that belongs to one job alone, or that nobody says where results go."""
+    uri = output.uri or default_uri
+    if uri is None:
+        return Unmet(
+            Reason.OUTPUT_MISSING,
+            "output.uri is not set and the installation has no default. Set it to s3://BUCKET/PREFIX, "
+            "or install the chart with storage.output.",
+        )
+    return S3Place(uri=run_prefix(uri, job), connection=connection(output.storage, storage, default))

@@ -87,7 +87,7 @@ def registry(ask: Callable[[Key], None], states: States) -> kopf.OperatorRegistr
     made = kopf.OperatorRegistry()
     dependents = Dependents()
 
-    async def resource_changed(type: str | None, body: Mapping[str, Any], **_: Any) -> None:  # noqa: A002 - kopf's name
+    async def resource_changed(type: str | None, body: Mapping[str, Any], **_: Any) -> None:
         meta = body["metadata"]
         key = Key(body["kind"], meta["namespace"], meta["name"])
         gone = type == "DELETED"
@@ -105,9 +105,7 @@ def registry(ask: Callable[[Key], None], states: States) -> kopf.OperatorRegistr
     for resource in RESOURCES:
         kopf.on.event(names.GROUP, names.VERSION, resource.plural, registry=made)(resource_changed)
     for group, version, plural in CHILDREN:
-        kopf.on.event(
-            group, version, plural, labels={names.MANAGED_BY: names.MANAGED_BY_VALUE}, registry=made
-        )(child_changed)
+        kopf.on.event(group, version, plural, registry=made)(child_changed)
     kopf.on.login(registry=made)(_login)
     kopf.on.startup(registry=made)(_configure)
     return made
@@ -117,11 +115,11 @@ async def _login(**arguments: Any) -> Any:
     return kopf.login_with_service_account(**arguments) or kopf.login_with_kubeconfig(**arguments)
 
 
-async def _configure(settings: kopf.OperatorSettings, **_: Any) -> None:
+async def _configure(settings: kopf.OperatorSettings, **arguments: Any) -> None:
     settings.posting.enabled = False
     settings.scanning.disabled = True
-    # Our own children alone; the three kinds carry no such label, so the filter cannot stand on the server's side
-    # for all watches together, and kopf drops the others before they reach a handler.
+    for *_, plural in CHILDREN:
+        settings.watching.label_selectors[plural] = names.CHILDREN
     settings.networking.request_timeout = 30
     settings.watching.server_timeout = 300
     settings.watching.client_timeout = 330

@@ -86,7 +86,7 @@ def said(text: str | None) -> Ending | None:
 
 
 def end_of(pod: Object, container: str) -> PodEnd | None:
-    """How the pod ended; None while it lives. The exit code's table speaks first, then the pod's reason, then a signal."""
+    """How the pod ended; None while it lives. The exit code speaks first, then the pod's reason, then a signal."""
     disruption = _condition(pod, "DisruptionTarget")
     state = _terminated(pod, container)
     if state is None and not ended(pod):
