@@ -1,4 +1,4 @@
-"""The cluster's image registry: plain HTTP, on the node's address alone. What it holds is a cache and survives `down`."""
+"""The cluster's image registry: plain HTTP, on the node's address alone. Its layers are a cache and survive `down`."""
 
 import http.client
 import json
