@@ -18,6 +18,7 @@ import yaml
 from trimtab_api.names import GROUP, NAME_LIMIT, VERSION
 from trimtab_api.schema import RULES_KEY, Resource, Rule
 from trimtab_api.v1alpha1 import RESOURCES
+from trimtab_operator import docgen
 
 ROOT = Path(__file__).resolve().parents[2]
 CRD_FOLDER = Path("crds")
@@ -49,7 +50,7 @@ INT_OR_STRING = frozenset({"x-kubernetes-int-or-string", "pattern", "maxLength",
 NAME_RULE = Rule(
     f"oldSelf.hasValue() || (self.metadata.name.size() <= {NAME_LIMIT} && "
     "self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$'))",
-    f"metadata.name must have at most {NAME_LIMIT} characters: small letters, digits and '-', beginning with a letter "
+    f"must have at most {NAME_LIMIT} characters: small letters, digits and '-', beginning with a letter "
     "and ending with a letter or digit; no dots. Names of pods are derived from it",
     field_path=".metadata.name",
     optional_old_self=True,
@@ -213,6 +214,8 @@ def _check(node: Node, path: str) -> None:
         raise NotStructural(f"{path}: type {node.get('type')!r} has no structural form")
     if stray := sorted(set(node) - allowed):
         raise NotStructural(f"{path}: {', '.join(stray)} has no structural form")
+    if node.get("additionalProperties") is True:
+        raise NotStructural(f"{path}: additionalProperties without a type; keep unknown fields, or give a type")
     if missing := _unbounded(node):
         raise NotStructural(f"{path}: give it {missing}")
 
@@ -283,12 +286,12 @@ def chart_text(document: Node) -> str:
 
 def files() -> dict[Path, str]:
     """Every generated file, by its path below the repository's root."""
+    documents = {resource.plural: crd(resource) for resource in RESOURCES}
     written: dict[Path, str] = {}
-    for resource in RESOURCES:
-        document = crd(resource)
-        written[CRD_FOLDER / f"{GROUP}_{resource.plural}.yaml"] = f"# {NOTICE}\n{text(document)}"
-        written[CHART_FOLDER / f"{resource.plural}.yaml"] = chart_text(document)
-    return written
+    for plural, document in documents.items():
+        written[CRD_FOLDER / f"{GROUP}_{plural}.yaml"] = f"# {NOTICE}\n{text(document)}"
+        written[CHART_FOLDER / f"{plural}.yaml"] = chart_text(document)
+    return {**written, **docgen.files(list(documents.values()))}
 
 
 def stale(wanted: Mapping[Path, str], root: Path) -> list[str]:
