@@ -5,16 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from trl import SFTConfig
+
 from trimtab_api.contract import RunConfig
 
 SAVES_IN_A_RUN = 10
 """Checkpoints in a run that says nothing of it."""
 
 
+class Arguments(SFTConfig):  # type: ignore[misc]
+    """SFTConfig whose CPU has no number.
+
+    transformers restores an optimiser to `args.device`; torch writes tensors of "cpu" and cannot place them on "cpu:0".
+    """
+
+    @property
+    def device(self) -> Any:
+        """Where this process computes."""
+        found = super().device
+        return torch.device("cpu") if found.type == "cpu" else found
+
+
 def precision(config: RunConfig) -> str:
     """What the arithmetic is done in: float32, bfloat16 or float16."""
-    import torch
-
     asked = config.spec.model.dtype
     if asked != "auto":
         return asked
@@ -23,20 +37,15 @@ def precision(config: RunConfig) -> str:
 
 def weight_dtype(config: RunConfig) -> Any:
     """What the weights are kept in. Full tuning keeps float32: in bfloat16 small updates are rounded away."""
-    import torch
-
     return torch.float32 if config.resolved.tuner_type == "full" else getattr(torch, precision(config))
 
 
-def arguments(config: RunConfig, folder: Path, validated: bool) -> Any:
-    """SFTConfig for this run. `validated`: there are validation rows."""
-    import torch
-    from trl import SFTConfig
-
+def arguments(config: RunConfig, folder: Path, validated: bool) -> Arguments:
+    """The trainer's arguments for this run. `validated`: there are validation rows."""
     spec, training = config.spec, config.spec.training
     arithmetic = precision(config)
     save_steps: float = spec.checkpoint.save_steps or 1 / SAVES_IN_A_RUN
-    return SFTConfig(
+    return Arguments(
         output_dir=str(folder),
         per_device_train_batch_size=training.per_device_batch_size,
         per_device_eval_batch_size=training.per_device_batch_size,

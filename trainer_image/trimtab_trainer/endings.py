@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import sys
 import traceback
 from pathlib import Path
 
@@ -110,11 +111,16 @@ def _storage(error: StorageError) -> Fault:
 
 
 def _raised_in_collective(error: BaseException) -> bool:
-    """gloo raises a plain RuntimeError; only the frame that called it tells it from others."""
-    if type(error) is not RuntimeError:
+    """gloo raises a plain RuntimeError; only the frame that called it tells it from others.
+
+    DDP's collectives run within the backward pass, where autograd's engine is the last frame.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if type(error) is not RuntimeError or distributed is None or not distributed.is_initialized():
         return False
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and "/torch/distributed/" in Path(frames[-1].filename).as_posix()
+    last = Path(frames[-1].filename).as_posix() if frames else ""
+    return any(part in last for part in ("/torch/distributed/", "/torch/autograd/graph.py", "/torch/nn/parallel/"))
 
 
 def _first_line(error: BaseException) -> str:
