@@ -6,13 +6,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lab import tools
 from lab.controlplane import ControlPlane
+from lab.run import run
 from trimtab_api import names
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,3 +141,64 @@ def test_uninstalling_frees_the_pods_that_are_left(
     assert done.stdout == "2 pods are free to go\n"
     assert api.request("GET", f"{pods}/left").status == 404
     assert api.request("GET", f"{pods}/shared").body["metadata"]["finalizers"] == ["example.org/other"]
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Iterator[ControlPlane]:
+    """An API server that knows none of our kinds, as a user's does before the chart comes."""
+    with ControlPlane(tmp_path / "plane") as running:
+        yield running
+
+
+def kinds(plane: ControlPlane) -> set[str]:
+    found = json.loads(plane.kubectl("get", "crd", "-o", "json"))["items"]
+    return {each["metadata"]["name"] for each in found}
+
+
+def settings(plane: ControlPlane) -> dict[str, Any]:
+    read = plane.kubectl("get", "configmap", "trimtab-operator", "-n", "trimtab-system", "-o", "json")
+    return dict(json.loads(json.loads(read)["data"]["settings.json"]))
+
+
+def test_life_of_a_release(bare: ControlPlane) -> None:
+    """Installed, upgraded, removed, installed again: the kinds and the users' objects outlive it, by default.
+
+    No pod runs here, so the hook stays out; its work is tested above, and its pod on the cluster.
+    """
+
+    def helm(*words: str) -> None:
+        chart = str(ROOT / "helm" / "trimtab")
+        arguments = [chart if word == "CHART" else word for word in words]
+        program = tools.ensure(["helm"])["helm"]
+        run([program, "--kubeconfig", bare.kubeconfig, "--namespace", "trimtab-system", *arguments], timeout=120)
+
+    def job(name: str) -> str:
+        source = {"huggingFace": {"repo": "acme/tiny"}}
+        spec = {"method": "sft", "model": {"from": source}, "dataset": {"train": [{"from": {"inline": "{}"}}]}}
+        return json.dumps(
+            {"apiVersion": names.API_VERSION, "kind": "FineTuneJob", "metadata": {"name": name}, "spec": spec}
+        )
+
+    ours = {f"{plural}.{names.GROUP}" for plural in ("finetunejobs", "mergejobs", "modeldeployments")}
+    helm("install", "trimtab", "CHART", "--create-namespace")
+    assert kinds(bare) == ours
+    bare.kubectl("wait", "--for=condition=Established", *(f"crd/{name}" for name in sorted(ours)))
+    bare.kubectl("create", "-f", "-", stdin=job("kept"))
+    before = bare.kubectl("get", "deployment", "trimtab-operator", "-n", "trimtab-system", "-o", "jsonpath={.spec}")
+
+    helm("upgrade", "trimtab", "CHART", "--set", "storage.output=s3://models/runs", "--set", "operator.workers=2")
+    assert settings(bare)["output"] == "s3://models/runs"
+    assert settings(bare)["workers"] == 2
+    after = bare.kubectl("get", "deployment", "trimtab-operator", "-n", "trimtab-system", "-o", "jsonpath={.spec}")
+    assert before != after
+
+    helm("uninstall", "trimtab", "--no-hooks")
+    assert bare.kubectl("get", "clusterrole", "trimtab-operator", "-o", "name", "--ignore-not-found") == ""
+    assert kinds(bare) == ours
+    bare.kubectl("get", "finetunejob", "kept")
+
+    helm("install", "trimtab", "CHART", "--set", "crds.keep=false")
+    bare.kubectl("get", "finetunejob", "kept")
+    helm("uninstall", "trimtab", "--no-hooks")
+    bare.kubectl("wait", "--for=delete", *(f"crd/{name}" for name in sorted(ours)), "--timeout=30s")
+    assert kinds(bare) == set()

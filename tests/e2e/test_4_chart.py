@@ -38,7 +38,7 @@ def test_an_upgrade_replaces_the_operator_and_no_engine(line: Workspace) -> None
     line.until_true("modeldeployment", "chat", 240)
     before, operator = engines(line), operator_pods(line.cluster)
     assert before
-    upgrade(line.cluster, {"logLevel": "debug"})
+    upgrade(line.cluster, {"operator": {"logLevel": "debug"}})
     eventually(lambda: not set(operator_pods(line.cluster)) & set(operator) or None, 60, "the operator stays")
     line.until_true("modeldeployment", "chat", 60)
     assert engines(line) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -17,6 +18,8 @@ from lab.report import LabError
 from lab.run import run
 from trimtab_api import names
 from trimtab_api.v1alpha1.source import Storage
+from trimtab_operator.kube import ENDPOINTS
+from trimtab_operator.settings import Settings
 
 HERE = Path(__file__).parent
 CHART = HERE.parents[2] / "helm" / "trimtab"
@@ -128,17 +131,71 @@ def test_pods_satisfy_the_restricted_profile(render: Render, case: str) -> None:
             assert container["resources"]["limits"]["memory"]
 
 
+def test_selectors_meet_the_operator_and_no_other_pod(render: Render) -> None:
+    """No network plug-in of the lab enforces policies, so what they select is proven here."""
+    documents = objects(render("--set", "metrics.serviceMonitor.enabled=true"))
+    operator = one(documents, "Deployment")["spec"]["template"]["metadata"]["labels"]
+    others = [one(documents, "Pod")["metadata"]["labels"]]
+    others.append(one(documents, "Job")["spec"]["template"]["metadata"]["labels"])
+    service = one(documents, "Service")
+    for selector in (
+        one(documents, "Deployment")["spec"]["selector"]["matchLabels"],
+        one(documents, "NetworkPolicy")["spec"]["podSelector"]["matchLabels"],
+        service["spec"]["selector"],
+    ):
+        assert selector.items() <= operator.items()
+        assert not [labels for labels in others if selector.items() <= labels.items()]
+    monitored = one(documents, "ServiceMonitor")["spec"]["selector"]["matchLabels"]
+    assert monitored.items() <= service["metadata"]["labels"].items()
+    assert operator[names.MANAGED_BY] != names.MANAGED_BY_VALUE, "it would be taken for a child of its own"
+
+
+def test_ports_are_those_of_the_operator(render: Render) -> None:
+    main = importlib.import_module("trimtab_operator.main")
+    (container,) = one(objects(render()), "Deployment")["spec"]["template"]["spec"]["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"health": main.HEALTH_PORT, "metrics": main.METRICS_PORT}
+    assert container["command"] == ["python", "-m", main.__name__]
+
+
 def test_settings_follow_the_values(render: Render) -> None:
     documents = objects(render("--values", HERE / "full.values.yaml"))
     settings = json.loads(one(documents, "ConfigMap")["data"]["settings.json"])
     values = yaml.safe_load((HERE / "full.values.yaml").read_text())
     assert settings["output"] == values["storage"].pop("output")
     assert settings["storage"] == values["storage"]
-    assert Storage.model_validate(settings["storage"]).endpoint == "https://s3.example.org:9000"
+    read = Settings.model_validate(settings)
+    assert read.storage is not None
+    assert read.storage.endpoint == "https://s3.example.org:9000"
+    assert set(settings) | {"namespaces"} == {field.alias for field in Settings.model_fields.values()}
     assert settings["images"] == {
         "trainer": f"registry.example.org/mirror/ml/trainer@sha256:{1:064d}",
         "server": "other.example.org/server:exactly",
     }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_operator_reads_the_settings(render: Render, case: str) -> None:
+    documents = objects(render("--values", HERE / f"{case}.values.yaml"))
+    Settings.model_validate_json(one(documents, "ConfigMap")["data"]["settings.json"])
+
+
+def test_operator_may_read_whatever_it_talks_about(render: Render) -> None:
+    """The rights follow the kinds that its client knows: none is missing, none is left over."""
+    role = one(objects(render()), "ClusterRole", "trimtab-operator")
+    granted = {
+        (group, name): set(rule["verbs"])
+        for rule in role["rules"]
+        for group in rule["apiGroups"]
+        for name in rule["resources"]
+        if "get" in rule["verbs"] and "/" not in name
+    }
+    known = {
+        ("" if endpoint.prefix == "/api/v1" else endpoint.prefix.split("/")[2], endpoint.plural)
+        for endpoint in ENDPOINTS.values()
+    }
+    assert set(granted) == known
+    assert all({"get", "list"} <= verbs for verbs in granted.values())
 
 
 def test_changed_settings_roll_the_operator(render: Render) -> None:
