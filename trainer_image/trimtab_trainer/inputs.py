@@ -85,7 +85,7 @@ def fetch_model(
     Raises the store's errors, and Fault when the source changed or holds no safetensors.
     """
     if source.s3 is not None:
-        path, digest = _fetch_s3(source.s3, into, only, patience)
+        path, digest = into, _fetch_s3(source.s3, into, only, patience)
         reference = source.s3.uri
     elif source.hugging_face is not None:
         path, reference = _fetch_hub_model(source.hugging_face, into, only)
@@ -131,26 +131,15 @@ def fetch_data(source: DataInput, into: Path, pins: Pins, patience: float = 120.
     return LocalData(source, files, display, digest)
 
 
-def _fetch_s3(place: S3Place, into: Path, only: tuple[str, ...], patience: float) -> tuple[Path, str]:
-    s3 = store.connect(place.connection, patience=patience)
-    digest = store.fetch(s3, place.uri, into, expected_digest=place.digest, only=only, foreign=True)
-    return into, digest
+def _fetch_s3(place: S3Place, into: Path, only: tuple[str, ...], patience: float) -> str:
+    with store.connect(place.connection, patience=patience) as s3:
+        return store.fetch(s3, place.uri, into, expected_digest=place.digest, only=only, foreign=True)
 
 
 def _fetch_s3_data(place: S3Place, into: Path, patience: float) -> tuple[list[Path], str]:
-    s3 = store.connect(place.connection, patience=patience)
-    identity = store.identify(s3, place.uri)
-    name = place.uri.rsplit("/", 1)[-1]
-    if identity.files == (name,) and Path(name).suffix in DATA_SUFFIXES:
-        into.mkdir(parents=True, exist_ok=True)
-        path = into / name
-        with path.open("wb") as stream:
-            for chunk in s3.stream(place.uri):
-                stream.write(chunk)
-        return [path], identity.digest
-    digest = store.fetch(
-        s3, place.uri, into, expected_digest=place.digest, only=[f"*{end}" for end in DATA_SUFFIXES], foreign=True
-    )
+    wanted = [f"*{suffix}" for suffix in DATA_SUFFIXES]
+    with store.connect(place.connection, patience=patience) as s3:
+        digest = store.fetch(s3, place.uri, into, expected_digest=place.digest, only=wanted, foreign=True)
     return _data_files(into), digest
 
 

@@ -18,6 +18,7 @@ from trimtab_api.contract import (
     ManifestFile,
     OutputTarget,
 )
+from trimtab_store.errors import NotAnArtifact
 from trimtab_trainer.endings import Fault
 
 
@@ -106,7 +107,7 @@ class S3Output:
         """See Output."""
         try:
             return store.read_manifest(self._s3, prefix)
-        except store.NotAnArtifact:
+        except NotAnArtifact:
             return None
 
     def fetch(self, prefix: str, into: Path, digest: str | None = None) -> Path:

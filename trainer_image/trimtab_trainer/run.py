@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ class Run:
         Raises Fault(Preempted) after a common step was saved; every other Fault says what went wrong.
         """
         work = self.work / "run"
+        # What an earlier process left here may be half of anything.
+        once_per_pod(self.group, lambda: shutil.rmtree(work, ignore_errors=True))
         prepared = self._prepare(work)
         resume = checkpoint.find(self.output, self.group, work / "resume", prepared.sequences_digest)
         self.from_step = self.step = resume.step if resume else 0
@@ -144,7 +147,7 @@ class Run:
         def learn() -> str:
             known = self.output.find(prefix)
             if known is None:
-                folder = self.work / "learnt"
+                folder = into.with_name("learnt")
                 rows = rows_of(collected.train)
                 tokenizer.learn(rows, size, spec.template.chat_template, spec.template.system, folder)
                 made_by = {"job": self.config.job.dump(), "datasetDigest": collected.digest}
