@@ -38,6 +38,7 @@ def contents(documents: Sequence[Node]) -> str:
         names, version = _names(document), _version(document)
         told = version["schema"]["openAPIV3Schema"]["description"]
         lines.append(f"- [{names['kind']}]({names['singular']}.md) (`{names['shortNames'][0]}`): {told}")
+    lines += ["", "The chart's values, each with its default: [values.yaml](../../helm/trimtab/values.yaml)."]
     lines += ["", "What conditions say, and what to do about it: [runbook](../runbook/README.md).", ""]
     return "\n".join(lines)
 

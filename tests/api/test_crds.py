@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ from typing import Any
 import pytest
 import yaml
 
+from lab.controlplane import ControlPlane
+from lab.report import LabError
 from trimtab_api.names import GROUP
-from trimtab_api.schema import Resource
-from trimtab_api.v1alpha1 import MODEL_DEPLOYMENT, RESOURCES
+from trimtab_api.schema import RULES_KEY, Resource
+from trimtab_api.v1alpha1 import FINE_TUNE_JOB, MODEL_DEPLOYMENT, RESOURCES
+from trimtab_operator.crdgen import crd
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 Kubectl = Callable[..., str]
@@ -98,3 +102,55 @@ def test_fields_explain_themselves(kubectl: Kubectl, path: str) -> None:
     told = kubectl("explain", f"finetunejob.{path}").split("DESCRIPTION:")[1].split("FIELDS:")[0].strip()
     assert told != "<empty>"
     assert told.endswith(".")
+
+
+def without_rules(node: Any) -> Any:
+    """A schema as an older version may have had it: no rule and no bound."""
+    if isinstance(node, dict):
+        dropped = (RULES_KEY, "maximum", "minimum", "maxLength", "pattern", "enum", "maxItems")
+        return {key: without_rules(value) for key, value in node.items() if key not in dropped}
+    return [without_rules(value) for value in node] if isinstance(node, list) else node
+
+
+def test_object_older_than_a_rule_can_be_reported_on_and_deleted(tmp_path: Path) -> None:
+    """A rule that comes with an upgrade must never strand what is there already."""
+    with ControlPlane(tmp_path / "plane") as plane:
+        document = crd(FINE_TUNE_JOB)
+        version = document["spec"]["versions"][0]
+        older = {
+            **document,
+            "spec": {**document["spec"], "versions": [{**version, "schema": without_rules(version["schema"])}]},
+        }
+        name = document["metadata"]["name"]
+        plane.kubectl("create", "-f", "-", stdin=json.dumps(older))
+        plane.kubectl("wait", "--for=condition=Established", f"crd/{name}")
+        spec = {
+            "method": "since-withdrawn",
+            "model": {"from": {}},
+            "dataset": {"train": [{"from": {"inline": "{}"}}]},
+            "training": {"learningRate": -1},
+        }
+        body = {
+            "apiVersion": f"{GROUP}/v1alpha1",
+            "kind": "FineTuneJob",
+            "metadata": {"name": "old.name"},
+            "spec": spec,
+        }
+        plane.kubectl("create", "-f", "-", stdin=json.dumps(body))
+        plane.kubectl("replace", "-f", "-", stdin=json.dumps({**document, "metadata": {"name": name}}))
+
+        deadline = time.monotonic() + 30
+        while "invalid" not in _said(plane, body):
+            assert time.monotonic() < deadline, "the new rules do not come into force"
+        started = '{"status": {"startTime": "2026-01-01T00:00:00Z", "attempt": 1}}'
+        plane.kubectl("patch", "ftj", "old.name", "--subresource=status", "--type=merge", "-p", started)
+        plane.kubectl("annotate", "ftj", "old.name", "seen=yes")
+        plane.kubectl("delete", "ftj", "old.name", "--timeout=20s")
+
+
+def _said(plane: ControlPlane, body: dict[str, Any]) -> str:
+    probe = json.dumps({**body, "metadata": {"name": "probe"}})
+    try:
+        return plane.kubectl("create", "--dry-run=server", "-f", "-", stdin=probe)
+    except LabError as refusal:
+        return str(refusal)
