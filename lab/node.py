@@ -171,6 +171,9 @@ def _kubelet(state: Path, plane: ControlPlane) -> dict[str, object]:
         "evictionHard": {"memory.available": "200Mi", "nodefs.available": "2Gi", "imagefs.available": "2Gi"},
         "imageGCHighThresholdPercent": 100,
         "serializeImagePulls": False,
+        # A mounted Secret or ConfigMap follows its object within seconds: training-operator is not ready before it
+        # sees in its mount the certificate that it has written, which by default took up to two minutes.
+        "syncFrequency": "5s",
         "containerLogMaxSize": "10Mi",
         **({"failCgroupV1": False, "cgroupDriver": "cgroupfs"} if cgroup_v1() else {}),
         **({} if may_raise_limits() else {"oomScoreAdj": 0, "maxOpenFiles": 20000}),
