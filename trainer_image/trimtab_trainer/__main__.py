@@ -11,17 +11,15 @@ from trimtab_trainer import results, workplace
 from trimtab_trainer.distributed import Group, Place
 from trimtab_trainer.endings import ending_of
 from trimtab_trainer.inputs import uses_hub
+from trimtab_trainer.notice import Notice
 from trimtab_trainer.progress import ConfigMapReporter, MetricsReporter, Reporter, Several, Silent
 
 
-def run_rank(config: RunConfig, place: Place, reporter: Callable[[], Reporter]) -> RankResult:
+def run_rank(config: RunConfig, place: Place, notice: Notice, reporter: Callable[[], Reporter]) -> RankResult:
     """Train as one process among `place.world`; whatever happens becomes a result."""
-    from trimtab_trainer.preemption import Notice
     from trimtab_trainer.run import Run
 
     group = Group(place, config.resolved.world_size, config.spec.distributed.timeout_seconds)
-    notice = Notice()
-    notice.listen()
     group.join()
     telling = reporter() if place.first else Silent()
     run = Run(config, group, workplace.work_root(), notice, telling)
@@ -51,14 +49,15 @@ def _bar() -> Reporter:
 
 def main() -> int:
     """Run this rank and return its exit code: 0 as well after a preemption, when all ranks leave together."""
-    place = Place.here()
+    place, notice = Place.here(), Notice()
+    notice.listen()
     watched = workplace.BAR in os.environ
     workplace.log_to_stderr(place.rank, quiet=watched)
     results.announce(workplace.results_folder(), place.rank)
     try:
         config = RunConfig.model_validate_json(workplace.run_file().read_text())
         workplace.prepare(workplace.work_root(), hub=uses_hub(config))
-        result = run_rank(config, place, _bar if watched else lambda: cluster_reporter(config))
+        result = run_rank(config, place, notice, _bar if watched else lambda: cluster_reporter(config))
     except Exception as error:  # noqa: BLE001 - the door: every ending becomes a result
         code, ending = ending_of(error)
         result = RankResult(rank=place.rank, exit=code, ending=ending)

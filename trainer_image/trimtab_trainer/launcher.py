@@ -25,6 +25,10 @@ log = logging.getLogger(__name__)
 
 DEFAULT_GRACE_SECONDS = 300
 """Patience with ranks after SIGTERM when the pod does not say its own."""
+LINGER_SECONDS = 30.0
+"""Patience with torchrun once all its ranks have ended."""
+POLL_SECONDS = 1.0
+"""How often the ranks' results are looked for."""
 SPARE_SECONDS = 10
 """Kept back from the pod's grace period to write the message."""
 
@@ -102,30 +106,49 @@ class Gang:
 class Ranks:
     """The ranks of this pod, below torchrun, in a process group of their own."""
 
-    def __init__(self, gang: Gang, environment: dict[str, str]):
+    def __init__(self, gang: Gang, environment: dict[str, str], folder: Path):
         self.signalled = False
         self._process: subprocess.Popen[bytes] | None = None
-        self._command = gang.command()
+        self._gang = gang
         self._environment = environment
+        self._folder = folder
 
     def pass_on(self, _number: int, _frame: FrameType | None) -> None:
-        """Signal handler: the ranks shall save a common step and leave."""
+        """Signal handler: the ranks shall save a common step and leave.
+
+        torchrun itself is left alone: told to stop, it leaves without the other pods' torchruns, which then wait five
+        minutes for it. Only when no rank lives yet is there nothing but torchrun to tell.
+        """
         self.signalled = True
-        if self._process is not None:
+        told = [results.signal_rank(self._folder, rank, signal.SIGTERM) for rank in self._gang.ranks]
+        if not any(told) and self._process is not None:
             self._process.send_signal(signal.SIGTERM)
 
     def run(self) -> int:
         """Run to the end; whatever is left of the group is killed then. Returns the child's exit code."""
-        # A signal that came before the child exists is passed on right after its birth.
-        self._process = subprocess.Popen(self._command, env=self._environment, start_new_session=True)
+        self._process = subprocess.Popen(self._gang.command(), env=self._environment, start_new_session=True)
         if self.signalled:
+            # The signal came before there was a child to tell.
             self._process.send_signal(signal.SIGTERM)
-        code = self._process.wait()
+        code = self._wait(self._process)
         try:
             os.killpg(self._process.pid, signal.SIGKILL)
         except ProcessLookupError:
-            log.debug("nothing is left of torchrun")
+            log.debug("nothing is left of the group")
         return code
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> int:
+        """Wait for the child, but not much longer than its ranks: torchrun may wait for pods that are gone."""
+        patience = LINGER_SECONDS
+        while True:
+            try:
+                return process.wait(timeout=POLL_SECONDS)
+            except subprocess.TimeoutExpired:
+                if len(results.gather(self._folder)) == len(self._gang.ranks):
+                    patience -= POLL_SECONDS
+            if patience <= 0:
+                log.warning("all ranks have ended and torchrun has not: ending it")
+                return 0
 
 
 def environment_for(gang: Gang, inherited: Mapping[str, str]) -> dict[str, str]:
@@ -153,15 +176,16 @@ def oom_kills(events: Path = Path("/sys/fs/cgroup/memory.events")) -> int:
 def launch(config: RunConfig, gang: Gang, environment: Mapping[str, str]) -> RankResult:
     """Run the ranks of this pod and conclude from what they left. SIGTERM and SIGINT ask them to save and leave."""
     workplace.prepare(workplace.work_root(), hub=uses_hub(config))
-    results.clear(workplace.results_folder())
-    ranks = Ranks(gang, environment_for(gang, {**environment, **workplace.settings()}))
+    folder = workplace.results_folder()
+    ranks = Ranks(gang, environment_for(gang, {**environment, **workplace.settings()}), folder)
+    results.clear(folder)
     signal.signal(signal.SIGTERM, ranks.pass_on)
     signal.signal(signal.SIGINT, ranks.pass_on)
     kills = oom_kills()
     log.info("starting ranks %s of %s", list(gang.ranks), config.resolved.world_size)
     code = ranks.run()
     return results.conclude(
-        results.gather(workplace.results_folder()),
+        results.gather(folder),
         gang.ranks,
         signalled=ranks.signalled,
         out_of_memory=oom_kills() > kills,

@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import logging
-import signal
-from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback
 
 from trimtab_trainer.distributed import Group
+from trimtab_trainer.notice import Notice
 
 log = logging.getLogger(__name__)
-
-
-class Notice:
-    """Whether this process was told to leave. The handler only notes it; the step that runs is finished."""
-
-    def __init__(self) -> None:
-        self.given = False
-
-    def listen(self) -> None:
-        """Note SIGTERM from now on."""
-        signal.signal(signal.SIGTERM, self._note)
-
-    def _note(self, _number: int, _frame: FrameType | None) -> None:
-        self.given = True
 
 
 class StopTogether(TrainerCallback):  # type: ignore[misc]

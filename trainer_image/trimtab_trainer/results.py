@@ -19,7 +19,19 @@ _CONSEQUENCES = (Exit.STALLED, Exit.CRASHED, Exit.PREEMPTED, Exit.OK)
 def announce(folder: Path, rank: int) -> None:
     """Say that a rank began, so that its death without a word can be told from never having lived."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"rank-{rank}.pid").write_text(str(os.getpid()))
+    temporary = folder / f"rank-{rank}.pid.tmp"
+    temporary.write_text(str(os.getpid()))
+    temporary.replace(folder / f"rank-{rank}.pid")
+
+
+def signal_rank(folder: Path, rank: int, number: int) -> bool:
+    """Send a rank a signal; False when it does not live."""
+    path = folder / f"rank-{rank}.pid"
+    try:
+        os.kill(int(path.read_text()), number)
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return True
 
 
 def leave(folder: Path, result: RankResult) -> None:

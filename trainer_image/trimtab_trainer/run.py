@@ -21,9 +21,10 @@ from trimtab_trainer.methods import METHODS, Method
 from trimtab_trainer.methods.causal import Collator
 from trimtab_trainer.model import adapter, loading, scratch, tokenizer
 from trimtab_trainer.movement import Movement
+from trimtab_trainer.notice import Notice
 from trimtab_trainer.output import Output, open_output
 from trimtab_trainer.output import publish as upload_whole
-from trimtab_trainer.preemption import Notice, StopTogether
+from trimtab_trainer.preemption import StopTogether
 from trimtab_trainer.progress import Reporter
 from trimtab_trainer.template import ChatTemplate
 from trimtab_trainer.watch import Watch
@@ -72,6 +73,8 @@ class Run:
         prepared = self._prepare(work)
         resume = checkpoint.find(self.output, self.group, work / "resume", prepared.sequences_digest)
         self.from_step = self.step = resume.step if resume else 0
+        if self.group.any(self.notice.given):
+            raise Fault(Reason.PREEMPTED, f"told to leave before a step was done; step {self.step} is saved")
         model = self._model(prepared)
         movement = Movement(model)
         trainer, stop = self._trainer(model, prepared, resume, work)

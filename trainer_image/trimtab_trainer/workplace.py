@@ -78,12 +78,12 @@ def settings() -> dict[str, str]:
     return {name: os.environ[name] for name in (*_CACHES, *_QUIET, *_OFFLINE) if name in os.environ}
 
 
-def threads(processes: int) -> int:
+def threads(processes: int, cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Threads for each of `processes` ranks of this pod: the cgroup's CPU limit shared out, at least one."""
-    return max(1, int(_cpu_limit() // processes))
+    return max(1, int(_cpu_limit(cgroup) // processes))
 
 
-def _cpu_limit(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
+def _cpu_limit(cgroup: Path) -> float:
     cores = float(len(os.sched_getaffinity(0)))
     limit_file = cgroup / "cpu.max"
     if limit_file.is_file():
