@@ -128,12 +128,16 @@ class Cluster:
             self._recover()
             try:
                 self._start()
+            except ports.PortTaken:
+                raise
             except LabError as error:
                 if self._fresh():
                     raise
                 say(f"what was there could not be brought back, starting anew ({str(error).splitlines()[0]})")
                 self._clear()
                 self._start()
+            addons.install(self.plane)
+            addons.wait(self.plane)
             say(f"the cluster is up: {self.plane.server}")
 
     def down(self) -> None:
@@ -265,8 +269,6 @@ class Cluster:
             for service in services.values():
                 service.start()
             self._until_ready()
-        addons.install(self.plane)
-        addons.wait(self.plane)
 
     def _start_plane(self) -> None:
         self.plane.authority.create()

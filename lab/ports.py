@@ -8,6 +8,10 @@ from lab import process
 from lab.report import LabError
 
 
+class PortTaken(LabError):
+    """Another program has a port that the lab needs; nothing that the lab can do by itself helps."""
+
+
 def free(count: int, address: str = "127.0.0.1") -> list[int]:
     """Return ports that nobody listens on, all different."""
     sockets = [socket.socket() for _ in range(count)]
@@ -31,7 +35,7 @@ def claim(wanted: dict[str, tuple[str, int]]) -> None:
     """See that each wanted address and port is free.
 
     Raises:
-        LabError: One is taken; the message names the port, what it is for, and the process that has it.
+        PortTaken: One is taken; the message names the port, what it is for, and the process that has it.
     """
     taken = []
     for purpose, (address, port) in wanted.items():
@@ -39,7 +43,7 @@ def claim(wanted: dict[str, tuple[str, int]]) -> None:
             who = f"process {pid} ({process.command(pid)[:120]})" if pid else "a process that cannot be seen"
             taken.append(f"port {port}, wanted for {purpose}, is taken by {who}")
     if taken:
-        raise LabError("\n".join([*taken, "end what holds them, then try again"]))
+        raise PortTaken("\n".join([*taken, "end what holds them, then try again"]))
 
 
 def listeners(address: str, port: int) -> list[int]:

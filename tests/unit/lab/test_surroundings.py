@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lab import foreign, kubeconfig, leftovers, network, ports, preflight, python_packages, run
-from lab.cluster import Record
+from lab import builder, debian, foreign, kubeconfig, leftovers, network, ports, preflight, python_packages, run
+from lab.cluster import Cluster, Record
 from lab.report import LabError, span
 
 
@@ -145,3 +145,27 @@ def test_a_foreign_cluster_without_a_registry_is_told(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(("seconds", "said"), [(4, "4 s"), (59.7, "1 min 0 s"), (190, "3 min 10 s")])
 def test_times_are_written_as_people_say_them(seconds: float, said: str) -> None:
     assert span(seconds) == said
+
+
+def test_a_taken_port_never_costs_the_cluster_its_objects(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TRIMTAB_STATE", str(tmp_path / "state"))
+    (tmp_path / "state" / "etcd").mkdir(parents=True)
+    cluster = Cluster()
+    monkeypatch.setattr(preflight, "check", lambda **_: None)
+    monkeypatch.setattr(debian, "install", lambda: None)
+    monkeypatch.setattr(builder, "names", set)
+
+    def start() -> None:
+        raise ports.PortTaken("port 53, wanted for coredns, is taken by process 1 (dnsmasq)")
+
+    for name, does in {
+        "_healthy": lambda: False,
+        "_link": lambda: None,
+        "_recover": lambda: None,
+        "_start": start,
+    }.items():
+        monkeypatch.setattr(cluster, name, does)
+    monkeypatch.setattr(cluster, "_clear", lambda: pytest.fail("cleared"))
+    with pytest.raises(LabError, match="dnsmasq"):
+        cluster.up()
