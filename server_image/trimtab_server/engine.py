@@ -32,8 +32,8 @@ REMIND_SECONDS = 30.0
 KEEP_ALIVE_SECONDS = 120
 """How long vLLM keeps an idle connection: far longer than the agent's pool does, so that it never closes one that the
 agent is about to use."""
-STOP_SECONDS = 20.0
-"""How long vLLM may take to end after SIGTERM."""
+STOP_SECONDS = 5.0
+"""How long what vLLM left behind may take to end after SIGTERM."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

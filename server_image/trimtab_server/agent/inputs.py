@@ -112,8 +112,13 @@ async def _finish(work: Coroutine[Any, Any, Fetched]) -> Fetched:
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
-        task.add_done_callback(lambda done: done.result().release() if not done.exception() else None)
+        task.add_done_callback(_let_go)
         raise
+
+
+def _let_go(task: asyncio.Task[Fetched]) -> None:
+    if not task.cancelled() and task.exception() is None:
+        task.result().release()
 
 
 def _from_folder(named_by: str, folder: Path, kind: Kind) -> Fetched:

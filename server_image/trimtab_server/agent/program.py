@@ -37,7 +37,7 @@ LAST_SECONDS = 25.0
 
 @dataclass(frozen=True)
 class Settings:
-    """Where everything is. Ports of 0 are chosen by the system; tests read them from the log of `started`."""
+    """Where everything is."""
 
     pod_name: str
     pod_uid: str
@@ -64,11 +64,14 @@ class Agent:
         self._seen: tuple[int, frozenset[str]] = (0, frozenset())
         self.stop = asyncio.Event()
         """Set to end the agent in order."""
+        self.state: State | None = None
+        """What the pod is; None before `run`."""
 
     async def run(self) -> None:
         """Serve until told to stop. Raises what a room did not foresee; the kubelet then starts the agent again."""
         async with AsyncExitStack() as stack:
             state, cluster = await self._build(stack)
+            self.state = state
             await self._listen(stack, state)
             self._reporter = Reporter(self._sink(cluster), lambda: state.report(self._settings.pod_uid))
             stack.push_async_callback(self._reporter.withdraw)

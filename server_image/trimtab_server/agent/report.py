@@ -16,7 +16,7 @@ log = logging.getLogger("trimtab.agent.report")
 
 SHORTEST_PAUSE = 1.0
 LONGEST_PAUSE = 30.0
-SIZE_LIMIT = 8192
+SIZE_LIMIT = 10_240
 """Longest report, in bytes: a hundred pods must fit into one ConfigMap."""
 
 
@@ -103,7 +103,7 @@ def bounded(report: AgentReport) -> str:
     for limit in (1024, 256, 64, 0):
         adapters = [each.model_copy(update={"message": each.message[:limit]}) for each in report.adapters]
         shortened = report.model_copy(update={"adapters": adapters, "message": report.message[: max(limit, 256)]})
-        text = json.dumps(shortened.dump(), separators=(",", ":"))
-        if len(text) <= SIZE_LIMIT:
+        text = json.dumps(shortened.dump(), ensure_ascii=False, separators=(",", ":"))
+        if len(text.encode()) <= SIZE_LIMIT:
             break
     return text
