@@ -108,5 +108,10 @@ def pods_of(uid: str) -> str:
     return f"{OWNER_UID}={uid}"
 
 
+def pods_of_name(kind: str, name: str) -> str:
+    """The selector of every pod that belongs to one of our objects, or to a predecessor of its name."""
+    return f"{OWNER_KIND}={kind},{OWNER_NAME}={name}"
+
+
 CHILDREN = f"{MANAGED_BY}={MANAGED_BY_VALUE}"
 """The selector of everything that Trimtab made: what the operator watches."""

@@ -39,6 +39,11 @@ class Reference:
     def __str__(self) -> str:
         return f"{self.kind} {self.name}"
 
+    @property
+    def logical(self) -> str:
+        """How the contract writes it: fineTuneJob/NAME."""
+        return f"{self.kind[0].lower()}{self.kind[1:]}/{self.name}"
+
 
 Producers = Mapping[Reference, Producer | None]
 """What observe found under each reference; None when there is nothing of that name."""
@@ -121,7 +126,7 @@ def model_input(
     assert producer is not None, "only a producer has an artifact"
     return ModelInput(
         field=field,
-        reference=f"{reference.kind[0].lower()}{reference.kind[1:]}/{reference.name}",
+        reference=reference.logical,
         s3=S3Place(uri=artifact.uri, connection=output_connection(producer, default), digest=artifact.digest),
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,6 +18,8 @@ from trimtab_api.contract import Ending, Exit
 
 Object = Mapping[str, Any]
 
+NEVER = datetime.max.replace(tzinfo=UTC)
+"""Later than every moment."""
 SIGKILL = 137
 SIGTERM = 143
 
@@ -93,7 +95,7 @@ def end_of(pod: Object, container: str) -> PodEnd | None:
         return None
     code = state.get("exitCode") if state else None
     ending = said(state.get("message") if state else None)
-    reason = _reason(pod, state or {}, code, ending, disrupted=disruption is not None)
+    reason = _reason(pod, container, code, ending, disrupted=disruption is not None)
     message = (ending.message if ending else "") or _words(pod, state or {}, code, disruption)
     return PodEnd(
         pod=pod["metadata"]["name"],
@@ -105,25 +107,49 @@ def end_of(pod: Object, container: str) -> PodEnd | None:
     )
 
 
-def _reason(pod: Object, state: Object, code: int | None, ending: Ending | None, disrupted: bool) -> Reason:
-    if code in _CODES and code not in (Exit.OK, Exit.CRASHED):
+def _reason(pod: Object, container: str, code: int | None, ending: Ending | None, disrupted: bool) -> Reason:
+    if code in _CODES and code not in (Exit.OK, Exit.CRASHED, Exit.STALLED):
         # A table code is the launcher's; its message may name a finer reason of the same family.
         return ending.reason if ending is not None else _CODES[Exit(code)]
-    if state.get("reason") == "OOMKilled":
+    if (_terminated(pod, container) or {}).get("reason") == "OOMKilled":
         return Reason.OUT_OF_MEMORY
-    if disrupted or pod.get("status", {}).get("reason") in (
-        "Evicted",
-        "Preempting",
-        "NodeLost",
-        "Shutdown",
-        "Terminated",
-    ):
+    if disrupted or pod.get("status", {}).get("reason") in _DISRUPTED:
         return Reason.PREEMPTED
     if code == Exit.OK and ending is not None:
         return ending.reason
-    if code in (SIGKILL, SIGTERM) and pod["metadata"].get("deletionTimestamp"):
+    if _left_when_told(pod, container):
         return Reason.PREEMPTED
+    if code == Exit.STALLED:
+        return Reason.STALLED
     return ending.reason if ending is not None and code == Exit.CRASHED else Reason.CRASHED
+
+
+_DISRUPTED = ("Evicted", "Preempting", "NodeLost", "Shutdown", "Terminated")
+"""Reasons of a pod's status that say that its node wanted it gone."""
+
+
+def _left_when_told(pod: Object, container: str) -> bool:
+    """It was told to leave before its process ended."""
+    told, finished = told_to_leave(pod), finished_at(pod, container)
+    return told is not None and (finished is None or told <= finished)
+
+
+def told_to_leave(pod: Object) -> datetime | None:
+    """When the pod was deleted or marked for disruption; None when it was not."""
+    moments = []
+    if deletion := pod["metadata"].get("deletionTimestamp"):
+        # The timestamp says when its grace is over.
+        grace = pod["metadata"].get("deletionGracePeriodSeconds") or 0
+        moments.append(moment(deletion) - timedelta(seconds=grace))
+    if (disruption := _condition(pod, "DisruptionTarget")) and disruption.get("lastTransitionTime"):
+        moments.append(moment(disruption["lastTransitionTime"]))
+    return min(moments, default=None)
+
+
+def finished_at(pod: Object, container: str) -> datetime | None:
+    """When the container's process ended; None while it runs, or when nobody knows."""
+    text = (_terminated(pod, container) or {}).get("finishedAt")
+    return moment(text) if text else None
 
 
 def _words(pod: Object, state: Object, code: int | None, disruption: Object | None) -> str:

@@ -14,7 +14,7 @@ from trimtab_api.conditions import INPUTS_SOUND, SUSPENDED, Reason
 from trimtab_api.contract import RunConfig
 from trimtab_api.v1alpha1.finetunejob import Attempt, FineTuneJobStatus
 from trimtab_operator import trouble
-from trimtab_operator.finetunejob import build, status
+from trimtab_operator.finetunejob import build, gang, status
 from trimtab_operator.finetunejob.seen import Seen, finished
 from trimtab_operator.finetunejob.status import Word
 from trimtab_operator.plan import Event, Plan, Ref
@@ -27,8 +27,6 @@ WATCH_SECONDS = 30.0
 """Pace of looking while pods run: for deadlines and hangs."""
 CLOSING_SECONDS = 2.0
 """Pace of looking while a gang goes away."""
-CLOSING_LIMIT = 120.0
-"""A pod that has not ended this long after its grace period is taken for lost, in seconds."""
 
 NOT_BILLED = frozenset({Reason.SUSPENDED, Reason.UNSCHEDULABLE, Reason.PODS_REFUSED, Reason.IMAGE_UNAVAILABLE})
 """Endings that are nobody's failure: the gang never ran, or the user stopped it."""
@@ -242,7 +240,7 @@ def watch(seen: Seen, now: datetime) -> Plan:
     """An open attempt: success, an ending, or how far it is."""
     attempt = seen.attempt
     assert attempt is not None
-    ends = sorted((end for pod in seen.pods if (end := trouble.end_of(pod, build.CONTAINER))), key=_order(seen))
+    ends = gang.ends(seen.pods)
     if success := next((end for end in ends if end.succeeded and end.ending and end.ending.artifact), None):
         return succeed(seen, now, success)
     if failure := next((end for end in ends if not end.succeeded), None):
@@ -377,15 +375,6 @@ def _success_without_artifact(seen: Seen, ends: list[PodEnd]) -> str | None:
     return "every pod ended well and none named an artifact"
 
 
-def _order(seen: Seen) -> Any:
-    """Sorts ends by when they came: the first one is the cause, the others follow from it."""
-    at: dict[str, str] = {}
-    for pod in seen.pods:
-        for container in pod.get("status", {}).get("containerStatuses") or []:
-            at[pod["metadata"]["name"]] = container.get("state", {}).get("terminated", {}).get("finishedAt") or "9999"
-    return lambda end: (at.get(end.pod, "9999"), end.reason is Reason.STALLED, end.pod)
-
-
 def _gang_name(seen: Seen) -> str:
     attempt = seen.attempt
     return names.pytorchjob(seen.job.metadata.name, attempt.number if attempt else 0)
@@ -410,7 +399,7 @@ def leave(seen: Seen, now: datetime, reason: Reason, message: str, end: PodEnd |
             "hint": status.cut(end.hint) if end and end.hint else None,
         }
     )
-    if not _alive(seen, now):
+    if not gang.alive(seen.pods, now):
         return close(seen, now, ending)
     told = status.told(
         seen.job,
@@ -430,10 +419,10 @@ def closing(seen: Seen, now: datetime) -> Plan:
     """The gang is on its way out; its last words still count."""
     attempt = seen.attempt
     assert attempt is not None
-    ends = sorted((end for pod in seen.pods if (end := trouble.end_of(pod, build.CONTAINER))), key=_order(seen))
+    ends = gang.ends(seen.pods)
     if success := next((end for end in ends if end.succeeded and end.ending and end.ending.artifact), None):
         return succeed(seen, now, success)
-    if _alive(seen, now):
+    if gang.alive(seen.pods, now):
         return Plan(release=seen.leavings, delete=_gang_ref(seen), requeue_after=CLOSING_SECONDS)
     last = next((end for end in ends if end.ending is not None and end.ending.step is not None), None)
     return close(seen, now, _stepped(seen, attempt, last))
@@ -494,7 +483,7 @@ def succeed(seen: Seen, now: datetime, end: PodEnd) -> Plan:
     assert attempt is not None
     assert end.ending is not None
     assert end.ending.artifact is not None
-    if _alive(seen, now) and not attempt.reason and any(_fresh(pod, now) for pod in seen.pods):
+    if gang.alive(seen.pods, now) and not attempt.reason and any(_fresh(pod, now) for pod in seen.pods):
         return Plan(status=None, release=seen.leavings, requeue_after=1.0)
     done = _stepped(seen, attempt, end).model_copy(
         update={"reason": Reason.SUCCEEDED.value, "end_time": status.stamp(now), "exit_code": 0, "message": None}
@@ -529,18 +518,6 @@ def _fresh(pod: dict[str, Any], now: datetime) -> bool:
     for container in pod.get("status", {}).get("containerStatuses") or []:
         if at := container.get("state", {}).get("terminated", {}).get("finishedAt"):
             return (now - trouble.moment(at)).total_seconds() < FRESH_SECONDS
-    return False
-
-
-def _alive(seen: Seen, now: datetime) -> bool:
-    """A pod of the attempt may still write. One that has outlived its grace period is taken for lost."""
-    for pod in seen.pods:
-        if trouble.ended(pod):
-            continue
-        leaving = pod["metadata"].get("deletionTimestamp")
-        if leaving and (now - trouble.moment(leaving)).total_seconds() > CLOSING_LIMIT:
-            continue
-        return True
     return False
 
 

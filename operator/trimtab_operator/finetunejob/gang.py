@@ -1,0 +1,93 @@
+"""Reads a gang: is it complete, does it live, how did it end. Pure.
+
+When one rank goes, the others fail after it, so the ends of a gang are put in order: what names a cause stands before
+what may only follow from another's end, and among those the first in time leads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+
+from trimtab_api.conditions import Reason
+from trimtab_operator import trouble
+from trimtab_operator.finetunejob import build
+from trimtab_operator.plan import Object
+from trimtab_operator.trouble import SIGKILL, PodEnd
+
+LOST_SECONDS = 60.0
+"""A pod that has not ended this long after its grace period is taken for lost with its node."""
+
+_FOLLOWS = frozenset({Reason.PREEMPTED, Reason.CRASHED, Reason.STALLED})
+"""Ends that another pod's end may have brought about."""
+
+
+def ends(pods: Sequence[Object]) -> list[PodEnd]:
+    """How the pods ended, the cause first; pods that live are left out."""
+    found = [(pod, end) for pod in pods if (end := trouble.end_of(pod, build.CONTAINER)) is not None]
+    return [end for _, end in sorted(found, key=lambda each: _weight(*each))]
+
+
+def _weight(pod: Object, end: PodEnd) -> tuple[bool, datetime, int, str]:
+    """Cause before consequence, then time; the server's clock counts seconds, so a tie is broken by likelihood."""
+    if end.exit_code == SIGKILL:
+        likelihood = 0
+    elif end.reason is Reason.PREEMPTED:
+        likelihood = 3  # within one second of another's crash it was sent away because of it
+    else:
+        likelihood = 2 if end.reason is Reason.STALLED else 1
+    return end.reason in _FOLLOWS, began_to_end(pod), likelihood, end.pod
+
+
+def began_to_end(pod: Object) -> datetime:
+    """When the pod's end began: it was told to leave, or its process ended."""
+    moments = [trouble.finished_at(pod, build.CONTAINER), trouble.told_to_leave(pod)]
+    return min((each for each in moments if each is not None), default=trouble.NEVER)
+
+
+def alive(pods: Sequence[Object], now: datetime) -> list[Object]:
+    """The pods that may still write."""
+    return [pod for pod in pods if not trouble.ended(pod) and not _lost(pod, now)]
+
+
+def _lost(pod: Object, now: datetime) -> bool:
+    leaving = pod["metadata"].get("deletionTimestamp")
+    return bool(leaving) and now > trouble.moment(leaving) + timedelta(seconds=LOST_SECONDS)
+
+
+def complete(pods: Sequence[Object], nodes: int) -> bool:
+    """Every pod of the gang runs."""
+    return sum(trouble.running(pod) for pod in pods) >= nodes
+
+
+def holds_nodes(pods: Sequence[Object]) -> bool:
+    """A pod has a place on a node, and with it the accelerators that it asked for."""
+    return any(pod.get("spec", {}).get("nodeName") and not trouble.ended(pod) for pod in pods)
+
+
+def has_condition(gang: Object | None, kind: str) -> bool:
+    """The PyTorchJob says this of itself."""
+    conditions = ((gang or {}).get("status") or {}).get("conditions") or []
+    return any(each.get("type") == kind and each.get("status") == "True" for each in conditions)
+
+
+def queued(gang: Object | None) -> bool:
+    """A queue such as Kueue holds the gang: its pods go and come back within one attempt."""
+    return bool(gang and (gang["spec"].get("runPolicy") or {}).get("suspend"))
+
+
+def assembling_since(pods: Sequence[Object], attempt_start: str) -> datetime:
+    """Since when the gang waits for its missing pods."""
+    created = [trouble.moment(pod["metadata"]["creationTimestamp"]) for pod in pods]
+    return min(created, default=trouble.moment(attempt_start))
+
+
+def started_at(pods: Sequence[Object]) -> datetime | None:
+    """When the last container of the gang started."""
+    moments = [
+        trouble.moment(text)
+        for pod in pods
+        for container in pod.get("status", {}).get("containerStatuses") or []
+        if (text := (container.get("state", {}).get("running") or {}).get("startedAt"))
+    ]
+    return max(moments, default=None)

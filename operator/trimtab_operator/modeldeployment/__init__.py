@@ -1,0 +1,15 @@
+"""ModelDeployment: pods behind one address, adapters that come and go, and a status that tells what the engines serve."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from trimtab_operator.modeldeployment.observe import observe
+from trimtab_operator.modeldeployment.plan import Seen, hindered, plan
+from trimtab_operator.reconcile import Kind
+from trimtab_operator.settings import Settings
+
+
+def kind(settings: Settings) -> Kind[Seen]:
+    """The room as reconcile knows it."""
+    return Kind("ModelDeployment", partial(observe, settings), plan, hindered)
