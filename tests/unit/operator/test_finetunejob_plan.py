@@ -1,0 +1,343 @@
+"""A FineTuneJob's way, as a table: what is there, what shall happen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.unit.operator.makers import (
+    NOW,
+    RUNNING,
+    Exit,
+    Reason,
+    Story,
+    at,
+    container,
+    kinds,
+    leading,
+    message,
+    pod,
+    published,
+    terminated,
+)
+from trimtab_api.contract import Ending, ProgressReport
+from trimtab_api.v1alpha1.finetunejob import FineTuneJobStatus, Progress
+from trimtab_api.v1alpha1.status import PinnedInput
+from trimtab_operator.finetunejob.plan import plan
+from trimtab_operator.plan import Plan
+
+SOUND = Ending(
+    reason=Reason.INPUTS_SOUND,
+    rows=40,
+    pins=[PinnedInput(field="model.from", uri="s3://bucket/base", digest="sha256:" + "b" * 64)],
+)
+
+
+def main(code: int, ending: Ending | None = None, seconds: float = -1, **more: Any) -> dict[str, Any]:
+    return terminated("pytorch", code, ending, seconds, **more)
+
+
+def said(reason: Reason, step: int | None = None) -> Ending:
+    return Ending(reason=reason, message="what happened", hint="What to do.", step=step)
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    there: Callable[[], Story]
+    state: tuple[str, str] | None
+    makes: tuple[str, ...] = ()
+    deletes: tuple[str, ...] = ()
+    says: str = ""
+
+
+CASES = [
+    Case(
+        "a new job has its inputs looked at",
+        lambda: Story(),
+        ("Unknown", "Checking"),
+        makes=("Job",),
+    ),
+    Case(
+        "a suspended job holds nothing",
+        lambda: Story(spec={"suspend": True}),
+        ("Unknown", "Suspended"),
+    ),
+    Case(
+        "sound inputs start the first attempt, the PyTorchJob last",
+        lambda: Story().checked(0, SOUND),
+        ("Unknown", "Pending"),
+        makes=("ServiceAccount", "Role", "RoleBinding", "ConfigMap", "ConfigMap", "PyTorchJob"),
+        deletes=("job-preflight",),
+    ),
+    Case(
+        "a mistake in the inputs is told and leaves the job waiting",
+        lambda: Story().checked(Exit.DATA_INVALID, said(Reason.DATA_INVALID)),
+        ("Unknown", "DataInvalid"),
+        says="what happened. What to do.",
+    ),
+    Case(
+        "inputs that were wrong are looked at again after a while",
+        lambda: Story().checked(Exit.DATA_INVALID, said(Reason.DATA_INVALID), ago=6),
+        ("Unknown", "DataInvalid"),
+        deletes=("job-preflight",),
+    ),
+    Case(
+        "a changed spec has its inputs looked at again at once",
+        lambda: Story().checked(Exit.DATA_INVALID, said(Reason.DATA_INVALID), hashed="of another spec"),
+        ("Unknown", "Checking"),
+        deletes=("job-preflight",),
+    ),
+    Case(
+        "a Secret that is not there is told while the pod waits for it",
+        lambda: _mounting('MountVolume.SetUp failed for volume "credentials-1": secret "keys" not found'),
+        ("Unknown", "CredentialsMissing"),
+        says="keys",
+    ),
+    Case(
+        "a gang that runs is told so",
+        lambda: Story().attempt(1).runs(RUNNING),
+        ("Unknown", "Running"),
+    ),
+    Case(
+        "a worker that is missing is waited for",
+        lambda: Story(spec={"distributed": {"nodes": 2}}).attempt(1).runs(RUNNING),
+        ("Unknown", "Pending"),
+        says="1 of 2 pods",
+    ),
+    Case(
+        "no room is told with the scheduler's words",
+        lambda: Story().attempt(1).runs({"phase": "Pending", **_unschedulable()}),
+        ("Unknown", "Unschedulable"),
+        says="0/3 nodes",
+    ),
+    Case(
+        "a gang that finds no room for too long lets go of what it holds",
+        lambda: Story().attempt(1, seconds=-400).runs({"phase": "Pending", **_unschedulable()}),
+        ("Unknown", "Restarting"),
+        deletes=("job-1",),
+    ),
+    Case(
+        "an artifact with a digest is success",
+        lambda: Story().attempt(1).runs(main(0, published())),
+        ("True", "Succeeded"),
+    ),
+    Case(
+        "no digest, no success",
+        lambda: Story().attempt(1).runs(main(0, Ending(reason=Reason.SUCCEEDED))),
+        ("Unknown", "Restarting"),
+        deletes=("job-1",),
+    ),
+    Case(
+        "a failure that may pass is followed by another attempt",
+        lambda: Story().attempt(1).runs(main(Exit.STORAGE_FAILED, said(Reason.STORAGE_FAILED))),
+        ("Unknown", "Restarting"),
+        deletes=("job-1",),
+    ),
+    Case(
+        "while a pod of the gang lives, the attempt is not closed",
+        lambda: (
+            Story(spec={"distributed": {"nodes": 2}})
+            .attempt(1)
+            .runs(RUNNING, main(Exit.STORAGE_FAILED, said(Reason.STORAGE_FAILED)))
+        ),
+        ("Unknown", "Restarting"),
+        deletes=("job-1",),
+        says="leaving",
+    ),
+    Case(
+        "retries that are used up end the job with the cause",
+        lambda: (
+            Story(spec={"retries": {"limit": 1}}, status={"failures": 1})
+            .attempt(2)
+            .runs(main(Exit.OUT_OF_MEMORY, said(Reason.OUT_OF_MEMORY)))
+        ),
+        ("False", "OutOfMemory"),
+        says="retries.limit (1)",
+    ),
+    Case(
+        "what would only happen again is not tried again",
+        lambda: Story().attempt(1).runs(main(Exit.ASSERTION_FAILED, said(Reason.ASSERTION_FAILED))),
+        ("False", "AssertionFailed"),
+    ),
+    Case(
+        "a preempted gang spends no retry",
+        lambda: (
+            Story(spec={"retries": {"limit": 0}}).attempt(1).runs(main(Exit.PREEMPTED, said(Reason.PREEMPTED, step=7)))
+        ),
+        ("Unknown", "Restarting"),
+        deletes=("job-1",),
+    ),
+    Case(
+        "a gang that someone deleted comes back",
+        lambda: _without_gang(),
+        ("Unknown", "Restarting"),
+    ),
+    Case(
+        "suspending sends the gang away",
+        lambda: Story(spec={"suspend": True}).attempt(1).runs(RUNNING),
+        ("Unknown", "Suspended"),
+        deletes=("job-1",),
+    ),
+    Case(
+        "a job past its deadline sends its gang away",
+        lambda: Story(spec={"activeDeadlineSeconds": 30}).attempt(1).runs(RUNNING),
+        ("Unknown", "Restarting"),
+        deletes=("job-1",),
+        says="activeDeadlineSeconds (30 s)",
+    ),
+    Case(
+        "silence beyond the limit is a hang",
+        lambda: (
+            Story(spec={"hangTimeoutSeconds": 60})
+            .attempt(1, seconds=-900)
+            .runs({"phase": "Running", **container("pytorch", running={"startedAt": at(-800)})})
+        ),
+        ("Unknown", "Restarting"),
+        deletes=("job-1",),
+        says="no step was reported",
+    ),
+    Case(
+        "a finished job past its time is deleted",
+        lambda: Story(spec={"ttlSecondsAfterFinished": 10}, status=_finished(-20)),
+        None,
+        deletes=("job",),
+    ),
+    Case(
+        "a finished job within its time is kept",
+        lambda: Story(spec={"ttlSecondsAfterFinished": 30}, status=_finished(-20)),
+        None,
+    ),
+]
+
+
+def _mounting(words: str) -> Story:
+    story = Story().checking()
+    story.preflight_pods = [pod("preflight", "job-preflight-x", phase="Pending")]
+    story.events = [
+        {
+            "reason": "FailedMount",
+            "message": words,
+            "involvedObject": {"name": "job-preflight-x"},
+            "lastTimestamp": at(-1),
+        }
+    ]
+    return story
+
+
+def _unschedulable() -> dict[str, Any]:
+    told = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes: no gpu"}
+    return {"conditions": [told]}
+
+
+def _without_gang() -> Story:
+    story = Story().attempt(1)
+    story.gang = None
+    return story
+
+
+def _finished(seconds: float) -> dict[str, Any]:
+    return {"completionTime": at(seconds), "conditions": []}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_plan(case: Case) -> None:
+    decided = plan(case.there().seen(), NOW)
+    if case.state is None:
+        assert decided.status is None
+    else:
+        assert leading(decided) == case.state
+    assert tuple(kinds(decided)) == case.makes
+    assert {ref.name for ref in decided.delete} >= set(case.deletes)
+    if not case.deletes:
+        assert decided.delete == ()
+    if case.says:
+        assert case.says in message(decided)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_status_is_one_that_the_models_read(case: Case) -> None:
+    decided = plan(case.there().seen(), NOW)
+    if decided.status is not None:
+        assert FineTuneJobStatus.model_validate(decided.status).dump() == decided.status
+
+
+def attempts(decided: Plan) -> list[dict[str, Any]]:
+    assert decided.status is not None
+    found: list[dict[str, Any]] = decided.status["attempts"]
+    return found
+
+
+def test_the_earliest_end_is_the_cause() -> None:
+    story = Story(spec={"distributed": {"nodes": 2}}).attempt(1)
+    late = main(Exit.STALLED, said(Reason.STALLED), seconds=-1)
+    story.runs(late, main(137, seconds=-9, reason="OOMKilled"))
+    decided = plan(story.seen(), NOW)
+    assert attempts(decided)[0]["reason"] == "OutOfMemory"
+    assert decided.status is not None
+    assert decided.status["failures"] == 1
+
+
+def test_an_ended_attempt_lets_its_evidence_go_only_with_the_status_that_tells_of_it() -> None:
+    story = Story().attempt(1).runs(main(Exit.STORAGE_FAILED, said(Reason.STORAGE_FAILED)))
+    decided = plan(story.seen(), NOW)
+    assert [each["metadata"]["name"] for each in decided.release] == ["job-1-master-0"]
+    assert attempts(decided)[0]["endTime"] == at(0)
+    open_still = plan(Story().attempt(1).runs(RUNNING).seen(), NOW)
+    assert open_still.release == ()
+
+
+def test_a_restart_of_the_plan_makes_the_same_attempt() -> None:
+    """Killed between the PyTorchJob and the status that tells of it, the operator decides the same again."""
+    first, second = (plan(Story().checked(0, SOUND).seen(), NOW) for _ in range(2))
+    assert first.create == second.create
+    assert [made["metadata"]["name"] for made in first.create if made["kind"] == "PyTorchJob"] == ["job-1"]
+
+
+def test_image_and_inputs_are_pinned_by_the_first_attempt() -> None:
+    story = Story().checked(0, SOUND)
+    first = plan(story.seen(), NOW)
+    assert first.status is not None
+    assert first.status["resolved"]["inputs"][0]["digest"] == "sha256:" + "b" * 64
+    again = Story(status={**first.status, "preemptions": 1})
+    again.status["attempts"] = [{"number": 1, "startTime": at(-60), "endTime": at(-5), "reason": "Preempted"}]
+    again.status["resolved"] = {**first.status["resolved"], "image": "registry/trainer@sha256:old"}
+    second = plan(again.seen(), NOW)
+    gang = next(made for made in second.create if made["kind"] == "PyTorchJob")
+    assert gang["metadata"]["name"] == "job-2"
+    assert "sha256:old" in str(gang)
+
+
+def test_failures_wait_longer_each_time_and_preemptions_do_not_wait() -> None:
+    def ended(reason: str, failures: int) -> Plan:
+        story = Story(status={"failures": failures})
+        story.attempt(1, endTime=at(-1), reason=reason)
+        return plan(story.seen(), NOW)
+
+    once, twice = ended("StorageFailed", 1), ended("StorageFailed", 2)
+    assert once.requeue_after is not None
+    assert twice.requeue_after is not None
+    assert 0 < once.requeue_after < twice.requeue_after
+    assert kinds(ended("Preempted", 0))[-1] == "PyTorchJob"
+
+
+def test_a_report_of_an_earlier_attempt_is_not_believed() -> None:
+    story = Story(status={"progress": {"step": 5, "totalSteps": 9}}).attempt(2).runs(RUNNING)
+    old = ProgressReport(attempt=1, progress=Progress(step=8, total_steps=9))
+    seen = story.seen()
+    told = plan(type(seen)(**{**seen.__dict__, "report": old}), NOW)
+    assert told.status is not None
+    assert told.status["progress"]["step"] == 5
+
+
+def test_deletion_lets_every_pod_go_and_makes_nothing() -> None:
+    story = Story(deleted=True).attempt(1)
+    seen = story.seen()
+    left = (pod("trainer", "job-1-master-0", 1),)
+    decided = plan(type(seen)(**{**seen.__dict__, "leavings": left}), NOW)
+    assert decided.release == left
+    assert decided.create == ()
+    assert decided.status is None
