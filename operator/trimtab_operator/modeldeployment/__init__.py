@@ -1,4 +1,4 @@
-"""ModelDeployment: pods behind one address, adapters that come and go, and a status that tells what the engines serve."""
+"""ModelDeployment: pods behind one address, adapters that come and go, a status that tells what engines serve."""
 
 from __future__ import annotations
 

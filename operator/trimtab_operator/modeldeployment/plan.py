@@ -271,8 +271,9 @@ def _stands(wanted: Any, present: Any) -> bool:
     if isinstance(wanted, dict):
         return isinstance(present, dict) and all(_stands(value, present.get(key)) for key, value in wanted.items())
     if isinstance(wanted, list):
-        same = isinstance(present, list) and len(present) == len(wanted)
-        return same and all(_stands(value, there) for value, there in zip(wanted, present, strict=True))
+        if not isinstance(present, list) or len(present) != len(wanted):
+            return False
+        return all(_stands(value, there) for value, there in zip(wanted, present, strict=True))
     return bool(wanted == present)
 
 
