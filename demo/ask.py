@@ -35,6 +35,8 @@ def client(cluster: Cluster, namespace: str, service: str) -> Iterator[OpenAI]:
     finally:
         forward.terminate()
         forward.wait(timeout=10)
+        if forward.stdout is not None:
+            forward.stdout.close()
 
 
 def answer(openai: OpenAI, model: str) -> str:

@@ -79,6 +79,7 @@ def test_an_adapter_comes_and_goes_without_a_restart(line: Workspace) -> None:
 
 
 def test_a_killed_engine_comes_back_with_its_adapters(line: Workspace) -> None:
+    line.until_true("modeldeployment", "chat", 120)
     if not kill_engine():
         pytest.skip("the engine runs on another computer")
     eventually(
