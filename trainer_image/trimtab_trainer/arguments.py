@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trl import SFTConfig
+from trl.trainer.sft_config import SFTConfig
 
 from trimtab_api.contract import RunConfig
 
@@ -14,7 +14,7 @@ SAVES_IN_A_RUN = 10
 """Checkpoints in a run that says nothing of it."""
 
 
-class Arguments(SFTConfig):  # type: ignore[misc]
+class Arguments(SFTConfig):
     """SFTConfig whose CPU has no number.
 
     transformers restores an optimiser to `args.device`; torch writes tensors of "cpu" and cannot place them on "cpu:0".

@@ -49,7 +49,7 @@ class Resume:
     """Whether it is the run's last step, so that nothing is left but to publish."""
 
 
-class Keeper(TrainerCallback):  # type: ignore[misc]
+class Keeper(TrainerCallback):
     """Uploads each checkpoint that the trainer writes, and keeps the newest few."""
 
     def __init__(self, output: Output, group: Group, keep: int, made_by: dict[str, Any]):

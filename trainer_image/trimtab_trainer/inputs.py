@@ -58,8 +58,9 @@ class LocalData:
 
 def uses_hub(config: RunConfig) -> bool:
     """Whether a source is on the Hugging Face hub, so that the network must be asked."""
-    models = [model for model in (config.model, config.tokenizer) if model is not None]
-    return any(source.hugging_face is not None for source in [*models, *config.train, *config.validation])
+    models = [model.hugging_face for model in (config.model, config.tokenizer) if model is not None]
+    data = [source.hugging_face for source in (*config.train, *config.validation)]
+    return any(place is not None for place in (*models, *data))
 
 
 class Pins:

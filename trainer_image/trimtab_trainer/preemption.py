@@ -13,7 +13,7 @@ from trimtab_trainer.notice import Notice
 log = logging.getLogger(__name__)
 
 
-class StopTogether(TrainerCallback):  # type: ignore[misc]
+class StopTogether(TrainerCallback):
     """After each step the processes agree whether one of them was told to leave; then all save that step and stop."""
 
     def __init__(self, notice: Notice, group: Group):

@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Protocol
+from wsgiref.simple_server import WSGIServer
 
 from trimtab_api import contract
 from trimtab_api.contract import ProgressReport
@@ -173,11 +174,11 @@ class MetricsReporter:
         self._gauges = {
             name: prometheus.Gauge(f"trimtab_trainer_{name}", text, registry=registry) for name, text in names.items()
         }
+        self._server: tuple[WSGIServer, threading.Thread] | None = None
         try:
             self._server = prometheus.start_http_server(port, registry=registry)
         except OSError as error:
             log.warning("no metrics on port %d: %s", port, error)
-            self._server = None
 
     def report(self, report: ProgressReport) -> None:
         """See Reporter."""

@@ -142,7 +142,7 @@ def see_effect(model: Any, folder: Path) -> None:
     from safetensors.torch import load_file
 
     model.eval()
-    result = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    result: Any = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
     ids = torch.arange(min(32, model.get_input_embeddings().weight.shape[0])).unsqueeze(0)
     ids = ids.to(model.get_input_embeddings().weight.device)
     with torch.no_grad():

@@ -17,7 +17,7 @@ from trimtab_trainer.endings import Fault
 from trimtab_trainer.progress import Reporter, eta_text, now_text
 
 
-class Watch(TrainerCallback):  # type: ignore[misc]
+class Watch(TrainerCallback):
     """Reports at each log line, evaluation and checkpoint; stops a run whose loss is no number."""
 
     def __init__(self, reporter: Reporter, group: Group, keeper: Keeper, attempt: int, from_step: int):

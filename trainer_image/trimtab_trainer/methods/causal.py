@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from trl import SFTTrainer
+from trl.trainer.sft_trainer import SFTTrainer
 
 from trimtab_api.conditions import Reason
 from trimtab_trainer.data.sequences import IGNORED
@@ -40,7 +40,7 @@ class Collator:
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-class CausalTrainer(SFTTrainer):  # type: ignore[misc]
+class CausalTrainer(SFTTrainer):
     """SFTTrainer without its metrics, with a count of tokens, and with a first loss that must be finite."""
 
     def __init__(self, **parts: Any):
@@ -53,7 +53,8 @@ class CausalTrainer(SFTTrainer):  # type: ignore[misc]
     ) -> Any:
         """Sum of the learnt tokens' losses over the number of such tokens in the global batch."""
         if return_outputs or self.aux_loss_enabled:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            base: Any = super()
+            return base.compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(**inputs, use_cache=False, fused_lm_head=True)
         tokens = outputs.label_mask.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss = -outputs.log_probs.sum() / tokens.clamp(min=1)
@@ -68,7 +69,8 @@ class CausalTrainer(SFTTrainer):  # type: ignore[misc]
         Raises Fault(AssertionFailed) when the first loss of the process is not finite.
         """
         self.tokens_seen += inputs["attention_mask"].sum().to(self.tokens_seen.device)
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        base: Any = super()
+        loss: torch.Tensor = base.training_step(model, inputs, num_items_in_batch)
         if not self._first_loss_seen:
             self._first_loss_seen = True
             if not math.isfinite(loss.item()):

@@ -27,10 +27,12 @@ def adapt(model: Any, lora: Lora, seed: int) -> Any:
     target: str | list[str] = lora.target_regex or lora.target_modules or "all-linear"
     if target == ["all-linear"]:
         target = "all-linear"
+    # peft declares a whole alpha; fractions work and are saved.
+    alpha: Any = lora.alpha
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=alpha,
         lora_dropout=lora.dropout,
         target_modules=target,
         use_rslora=lora.rs_lora,

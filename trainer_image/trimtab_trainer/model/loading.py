@@ -44,12 +44,13 @@ def load(local: LocalModel, field: str, dtype: Any) -> Any:
 
     architecture(local.path, field, local.reference)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        opened: Any = AutoModelForCausalLM.from_pretrained(
             local.path, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise Fault(Reason.MODEL_INVALID, f"{field} {local.reference} does not open: {first}") from error
+    model, info = opened
     if missing := sorted(info["missing_keys"]):
         named = ", ".join(missing[:3])
         raise Fault(
