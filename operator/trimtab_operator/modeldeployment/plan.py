@@ -342,7 +342,7 @@ def muster(seen: Seen) -> Fleet:
 
 def _rolled_out(workload: Object) -> bool:
     state = workload.get("status") or {}
-    caught_up = state.get("observedGeneration", 0) >= workload.get("metadata", {}).get("generation", 1)
+    caught_up: bool = state.get("observedGeneration", 0) >= workload.get("metadata", {}).get("generation", 1)
     wanted = workload.get("spec", {}).get("replicas", 1)
     return caught_up and state.get("updatedReplicas", 0) == state.get("replicas", 0) == wanted
 
