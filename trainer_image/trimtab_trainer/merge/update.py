@@ -14,8 +14,8 @@ from trimtab_trainer.endings import Fault
 BLOCK = 2 << 20
 """Elements of a block: small enough to stay in the processor's caches between the steps."""
 
-Step = Callable[[torch.Tensor, int, int, int], torch.Tensor]
-"""(block, plane, first row, last row) → the changed block. The given block must not be written into."""
+Step = Callable[[torch.Tensor, int, int, int], None]
+"""(block, plane, first row, last row): changes the float32 block in place."""
 
 
 class Operation(Protocol):
@@ -47,8 +47,8 @@ class LowRank:
         left, right = (self.left, self.right) if transposed == self.transposed else (self.right.T, self.left.T)
         left, right = left.float(), right.float()
 
-        def step(block: torch.Tensor, plane: int, first: int, last: int) -> torch.Tensor:
-            return torch.addmm(block, left[first:last], right, alpha=self.scaling)
+        def step(block: torch.Tensor, plane: int, first: int, last: int) -> None:
+            block.addmm_(left[first:last], right, alpha=self.scaling)
 
         return step
 
@@ -70,9 +70,9 @@ class Directed:
         moved = LowRank(self.left, self.right, self.scaling).prepare(transposed=False)
         magnitude = self.magnitude.float().reshape(-1, 1)
 
-        def step(block: torch.Tensor, plane: int, first: int, last: int) -> torch.Tensor:
-            turned = moved(block, plane, first, last)
-            return turned.mul_(magnitude[first:last] / torch.linalg.vector_norm(turned, dim=1, keepdim=True))
+        def step(block: torch.Tensor, plane: int, first: int, last: int) -> None:
+            moved(block, plane, first, last)
+            block.mul_(magnitude[first:last] / torch.linalg.vector_norm(block, dim=1, keepdim=True))
 
         return step
 
@@ -91,9 +91,8 @@ class Experts:
     def prepare(self, transposed: bool) -> Step:
         """See Operation."""
 
-        def step(block: torch.Tensor, plane: int, first: int, last: int) -> torch.Tensor:
-            left, right = self.left[plane, first:last].float(), self.right[plane].float()
-            return torch.addmm(block, left, right, alpha=self.scaling)
+        def step(block: torch.Tensor, plane: int, first: int, last: int) -> None:
+            block.addmm_(self.left[plane, first:last].float(), self.right[plane].float(), alpha=self.scaling)
 
         return step
 
@@ -109,7 +108,11 @@ class Added:
     def prepare(self, transposed: bool) -> Step:
         """See Operation."""
         planes = as_planes(self.delta, transposed)
-        return lambda block, plane, first, last: block + planes[plane, first:last].float()
+
+        def step(block: torch.Tensor, plane: int, first: int, last: int) -> None:
+            block.add_(planes[plane, first:last])
+
+        return step
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,11 @@ class Replaced:
     def prepare(self, transposed: bool) -> Step:
         """See Operation."""
         planes = as_planes(self.tensor, transposed)
-        return lambda block, plane, first, last: planes[plane, first:last].float()
+
+        def step(block: torch.Tensor, plane: int, first: int, last: int) -> None:
+            block.copy_(planes[plane, first:last])
+
+        return step
 
 
 @dataclass(frozen=True)
@@ -138,11 +145,12 @@ class RowsReplaced:
     def prepare(self, transposed: bool) -> Step:
         """See Operation."""
 
-        def step(block: torch.Tensor, plane: int, first: int, last: int) -> torch.Tensor:
+        def step(block: torch.Tensor, plane: int, first: int, last: int) -> None:
             if transposed:
-                return block.index_copy(1, self.rows, self.tensor.T[first:last].float())
+                block.index_copy_(1, self.rows, self.tensor.T[first:last].float())
+                return
             here = (self.rows >= first) & (self.rows < last)
-            return block.index_copy(0, self.rows[here] - first, self.tensor[here].float())
+            block.index_copy_(0, self.rows[here] - first, self.tensor[here].float())
 
         return step
 
@@ -187,39 +195,56 @@ class Arithmetic:
         outcome = torch.empty(base.shape, dtype=dtype)
         sources, targets = as_planes(base, self.transposed), as_planes(outcome, self.transposed)
         for index, first, last in _blocks(sources):
-            block = sources[index, first:last].float()
-            block = self._changed(block, plane + index, row + first, row + last)
-            target = targets[index, first:last]
-            target.copy_(block)
-            if not bool(torch.isfinite(target).all()):
+            source, target = sources[index, first:last], targets[index, first:last]
+            target.copy_(self._changed(source, plane + index, row + first, row + last))
+            if not is_finite(target):
                 raise self._not_finite(dtype)
         return outcome
 
-    def _changed(self, base: torch.Tensor, plane: int, first: int, last: int) -> torch.Tensor:
+    def _changed(self, source: torch.Tensor, plane: int, first: int, last: int) -> torch.Tensor:
+        block = _scratch(0, source)
         if len(self._chains) == 1 and self._chains[0][0] == 1:
-            return _run(self._chains[0][1], base, plane, first, last)
-        total = base.clone()
+            _run(self._chains[0][1], block, plane, first, last)
+            return block
+        # Every change starts from the base: their differences from it add up.
         for weight, steps in self._chains:
-            total.add_(_run(steps, base, plane, first, last).sub(base), alpha=weight)
-        return total
+            changed, base = _scratch(1, source), _scratch(2, source)
+            _run(steps, changed, plane, first, last)
+            block.add_(changed.sub_(base), alpha=weight)
+        return block
 
     def _not_finite(self, dtype: torch.dtype) -> Fault:
         hint = "Use another dtype if it is float16; else the adapter or its base is broken."
         return Fault(Reason.ASSERTION_FAILED, f"the merged {self.name} is not finite in {dtype}", hint)
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether every value is a number."""
+    # A sum is much quicker than a look at each; only when it overflows must each be looked at.
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(torch.isfinite(tensor).all())
+
+
+_BUFFERS: dict[int, torch.Tensor] = {}
+
+
+def _scratch(number: int, source: torch.Tensor) -> torch.Tensor:
+    """The source in float32, in a buffer that the next block takes again: fresh memory costs more than the sums."""
+    if number not in _BUFFERS or _BUFFERS[number].numel() < source.numel():
+        _BUFFERS[number] = torch.empty(source.numel())
+    return _BUFFERS[number][: source.numel()].view(source.shape).copy_(source)
+
+
 def cast(base: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     """The tensor in another type. Raises Fault(AssertionFailed) when that cannot hold its values."""
     outcome = base.to(dtype)
-    if outcome.is_floating_point() and not bool(torch.isfinite(outcome).all()) and bool(torch.isfinite(base).all()):
+    if outcome.is_floating_point() and not is_finite(outcome) and is_finite(base):
         raise Fault(Reason.ASSERTION_FAILED, f"{name} does not fit into {dtype}", "Set dtype to bfloat16 or float32.")
     return outcome
 
 
-def _run(steps: Sequence[Step], block: torch.Tensor, plane: int, first: int, last: int) -> torch.Tensor:
+def _run(steps: Sequence[Step], block: torch.Tensor, plane: int, first: int, last: int) -> None:
     for step in steps:
-        block = step(block, plane, first, last)
-    return block
+        step(block, plane, first, last)
 
 
 def _blocks(planes: torch.Tensor) -> Iterator[tuple[int, int, int]]:
