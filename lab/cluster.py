@@ -8,7 +8,6 @@ from pathlib import Path
 
 from lab import (
     addons,
-    builder,
     debian,
     images,
     leftovers,
@@ -122,7 +121,7 @@ class Cluster:
             say(f"the cluster is up: {self.plane.server}")
             return
         with alone("cluster"):
-            preflight.check(images_built=any("trimtab-server" in name for name in builder.names()))
+            preflight.check(images_built=images.built())
             debian.install()
             self._link()
             self._recover()

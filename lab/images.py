@@ -106,6 +106,11 @@ def publish(state: Path) -> dict[str, str]:
     return found
 
 
+def built() -> bool:
+    """Tell whether the large layers have been built here before."""
+    return all(_record(image).exists() for image in every(None, engine("vllm-cpu")))
+
+
 def _build(image: Image, name: str) -> None:
     if builder.has(name):
         return

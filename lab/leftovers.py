@@ -104,9 +104,7 @@ def traces(state: Path) -> list[str]:
     found += [f"mount {point}" for point in mounts(state, builder.RUNTIME)]
     if Path("/sys/class/net", network.BRIDGE).exists():
         found.append(f"bridge {network.BRIDGE}")
-    for family in ("iptables", "ip6tables"):
-        if network.swept(run([f"{family}-save"], check=False).stdout) is not None:
-            found.append(f"{family} rules")
+    found += [f"{family} rules" for family in network.FAMILIES if network.swept(network.rules(family)) is not None]
     found += [f"folder {folder}" for folder in (state, builder.RUNTIME) if folder.exists()]
     return found
 

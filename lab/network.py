@@ -1,13 +1,15 @@
 """The node's network: one bridge that carries its address, forwarding, and the rules that kube-proxy leaves behind."""
 
+import shutil
 from pathlib import Path
 
 from lab.report import LabError
-from lab.run import run
+from lab.run import SYSTEM_PATH, run
 
 BRIDGE = "trimtab0"
 ADDRESS = "10.88.0.1"
 SUBNET = "10.88.0.0/24"
+FAMILIES = ("iptables", "ip6tables")
 _MARK = "trimtab-lab"
 _OURS = (_MARK, "KUBE-", "CNI-")
 _RULES = (
@@ -49,27 +51,28 @@ def up() -> None:
 
 def down(before: dict[str, str]) -> None:
     """Remove the bridge with all that hangs on it and every rule of the cluster, and put the settings back."""
-    for link in run(["ip", "-o", "link", "show", "master", BRIDGE], check=False).stdout.splitlines():
-        run(["ip", "link", "delete", link.split(":")[1].strip().partition("@")[0]], check=False)
     if _exists():
+        for link in sorted(Path("/sys/class/net", BRIDGE, "brif").iterdir()):
+            run(["ip", "link", "delete", link.name], check=False)
         run(["ip", "link", "delete", BRIDGE])
-    for family in ("iptables", "ip6tables"):
-        _sweep(family)
+    for family in FAMILIES:
+        if (kept := swept(rules(family))) is not None:
+            run([f"{family}-restore", "-w"], stdin=kept)
     for name, value in before.items():
         (Path("/proc/sys") / name).write_text(value)
 
 
-def swept(rules: str) -> str | None:
+def rules(family: str) -> str:
+    """Return all rules of iptables or ip6tables; nothing where the program is not installed."""
+    program = shutil.which(f"{family}-save", path=SYSTEM_PATH)
+    return run([program], check=False).stdout if program else ""
+
+
+def swept(dump: str) -> str | None:
     """Return a dump of rules without those of the cluster, or None when there are none in it."""
-    lines = rules.splitlines()
+    lines = dump.splitlines()
     kept = [line for line in lines if not any(mark in line for mark in _OURS)]
     return None if len(kept) == len(lines) else "\n".join(kept) + "\n"
-
-
-def _sweep(family: str) -> None:
-    rules = run([f"{family}-save"], check=False).stdout
-    if (kept := swept(rules)) is not None:
-        run([f"{family}-restore", "-w"], stdin=kept)
 
 
 def _exists() -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import builder, debian, foreign, kubeconfig, leftovers, network, ports, preflight, python_packages, run
+from lab import debian, foreign, kubeconfig, leftovers, network, ports, preflight, python_packages, run
 from lab.cluster import Cluster, Record
 from lab.report import LabError, span
 
@@ -154,7 +154,6 @@ def test_a_taken_port_never_costs_the_cluster_its_objects(monkeypatch: pytest.Mo
     cluster = Cluster()
     monkeypatch.setattr(preflight, "check", lambda **_: None)
     monkeypatch.setattr(debian, "install", lambda: None)
-    monkeypatch.setattr(builder, "names", set)
 
     def start() -> None:
         raise ports.PortTaken("port 53, wanted for coredns, is taken by process 1 (dnsmasq)")
