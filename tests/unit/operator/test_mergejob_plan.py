@@ -378,7 +378,8 @@ def test_somebody_elses_job_is_not_taken_for_ours() -> None:
 def test_the_base_is_the_one_that_the_adapter_was_trained_on() -> None:
     config = configure(Story().seen())
     assert isinstance(config, MergeConfig)
-    assert config.base is not None and config.base.s3 is not None
+    assert config.base is not None
+    assert config.base.s3 is not None
     assert config.base.s3.digest == OTHER_DIGEST
     assert config.base.s3.connection.endpoint == "http://s3:9000"
     assert config.adapters[0].source.s3 is not None
@@ -392,7 +393,8 @@ def test_the_base_is_reached_as_its_own_job_reached_it() -> None:
     producers = dict([trained("harbour"), trained("base", kind="model", output={"storage": storage})])
     config = configure(Story(producers=producers).seen())
     assert isinstance(config, MergeConfig)
-    assert config.base is not None and config.base.s3 is not None
+    assert config.base is not None
+    assert config.base.s3 is not None
     assert config.base.s3.connection.endpoint == "http://elsewhere:9000"
     made = plan(Story(producers=producers).seen(), NOW).create[-1]
     secrets = [
@@ -408,7 +410,8 @@ def test_a_base_that_is_named_wins() -> None:
     spec = {"base": {"s3": {"uri": "s3://models/llama"}}}
     config = configure(Story(spec=spec).seen())
     assert isinstance(config, MergeConfig)
-    assert config.base is not None and config.base.s3 is not None
+    assert config.base is not None
+    assert config.base.s3 is not None
     assert config.base.s3.uri == "s3://models/llama"
 
 
