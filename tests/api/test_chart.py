@@ -6,16 +6,19 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from lab import tools
+from lab import ports, tools
 from lab.controlplane import ControlPlane
 from lab.run import run
 from trimtab_api import names
+from trimtab_api.v1alpha1 import RESOURCES
 
 ROOT = Path(__file__).resolve().parents[2]
 Chart = Callable[..., str]
@@ -67,7 +70,8 @@ FORBIDDEN = (
     ("create", "pods/attach"), ("get", "pods/log"), ("get", "nodes"), ("create", f"clusterroles.{RBAC}"),
     ("escalate", f"roles.{RBAC}"), ("bind", f"roles.{RBAC}"), ("impersonate", "users"),
     ("update", "finetunejobs.trimtab.dev"), ("patch", "modeldeployments.trimtab.dev"),
-    ("delete", "modeldeployments.trimtab.dev"), ("delete", "namespaces"), ("create", "serviceaccounts/token"),
+    ("delete", "modeldeployments.trimtab.dev"), ("delete", "namespaces"),
+    ("delete", "pods"), ("delete", "configmaps"), ("create", "serviceaccounts/token"),
 )  # fmt: skip
 
 
@@ -85,6 +89,84 @@ ALLOWED = (
 @pytest.mark.parametrize(("verb", "resource"), ALLOWED, ids=lambda value: value.replace("/", "."))
 def test_operator_may(api: Any, operator_kubeconfig: Path, verb: str, resource: str) -> None:
     assert may(api, verb, resource)
+
+
+def until(holds: Callable[[], Any], what: str, process: subprocess.Popen[str], log: Path, seconds: float = 40) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert process.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}\n{log.read_text()[-3000:]}"
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def running(
+    operator_kubeconfig: Path, chart_objects: Chart, namespace: str, tmp_path: Path
+) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """The operator as a process under the chart's rights and with the chart's settings, for one namespace."""
+    values = ("--set", "storage.output=s3://models/runs", "--set", f"namespaces={{{namespace}}}")
+    config = yaml.safe_load(chart_objects(*values, "--show-only", "templates/settings.yaml"))
+    (tmp_path / "settings.json").write_text(config["data"]["settings.json"])
+    log = tmp_path / "operator.log"
+    command = [sys.executable, "-m", "trimtab_operator.main", "--settings", str(tmp_path / "settings.json")]
+    health, figures = ports.free(2)
+    with log.open("w") as written:
+        process = subprocess.Popen(
+            [*command, "--health-port", str(health), "--metrics-port", str(figures)],
+            env={**os.environ, "KUBECONFIG": str(operator_kubeconfig)},
+            stdout=written, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+    yield process, log
+    process.terminate()
+    process.wait(timeout=30)
+
+
+def test_rights_are_enough(running: tuple[subprocess.Popen[str], Path], api: Any, namespace: str) -> None:
+    """All three kinds are worked on, a deployment is changed in every way that makes or removes a child of it."""
+    process, log = running
+    source = {"s3": {"uri": "s3://models/tiny"}}
+    specs: dict[str, dict[str, Any]] = {
+        "FineTuneJob": {"method": "sft", "model": {"from": source}, "dataset": {"train": [{"from": {"inline": "{}"}}]}},
+        "MergeJob": {"adapters": [{"from": source}]},
+        "ModelDeployment": {"model": {"from": source}, "replicas": 2},
+    }
+    for resource in RESOURCES:
+        body = {"apiVersion": names.API_VERSION, "kind": resource.kind, "metadata": {"name": "r"}}
+        made = api.create(namespace, resource.plural, {**body, "spec": specs[resource.kind]})
+        assert made.accepted, made.message
+
+    def there(path: str) -> bool:
+        return bool(api.request("GET", f"{path}").accepted)
+
+    core, apps, policy = (
+        f"/api/v1/namespaces/{namespace}", f"/apis/apps/v1/namespaces/{namespace}",
+        f"/apis/policy/v1/namespaces/{namespace}",
+    )  # fmt: skip
+    for path in (
+        f"/apis/batch/v1/namespaces/{namespace}/jobs/{names.preflight('r')}",
+        f"{core}/services/{names.server('r')}",
+        f"{core}/serviceaccounts/{names.server('r')}",
+        f"{core}/configmaps/{names.serving_reports('r')}",
+        f"{apps}/deployments/{names.server('r')}",
+        f"{policy}/poddisruptionbudgets/{names.server('r')}",
+    ):
+        until(lambda path=path: there(path), f"{path} is made", process, log)  # type: ignore[misc]
+    until(
+        lambda: api.request("GET", f"/apis/batch/v1/namespaces/{namespace}/jobs").body["items"][1:],
+        "the merge's Job is made", process, log,
+    )  # fmt: skip
+    for resource in RESOURCES:
+        until(
+            lambda resource=resource: api.read(namespace, resource.plural, "r").body.get("status"),  # type: ignore[misc]
+            f"{resource.kind} has a status", process, log,
+        )  # fmt: skip
+    account = {
+        "spec": {"replicas": 1, "pod": {"serviceAccountName": "own"}, "adapters": [{"name": "a", "from": source}]}
+    }
+    assert api.patch(namespace, "modeldeployments", "r", account).accepted
+    for path in (f"{policy}/poddisruptionbudgets", f"{core}/serviceaccounts"):
+        until(lambda path=path: not there(f"{path}/{names.server('r')}"), f"{path} is removed", process, log)  # type: ignore[misc]
+    assert "orbidden" not in log.read_text()
 
 
 @pytest.fixture(scope="module")
