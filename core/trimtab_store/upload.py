@@ -136,7 +136,7 @@ class _Sending:
     def _deliver(self, number: int, data: bytes) -> None:
         client, target = self._s3.client, self._target()
         if self.count == 1:
-            self._ask(lambda: client.put_object(**target, Body=data))
+            self._ask(lambda: self._s3.put_once(self._uri, data))
             self.arrived = True
             return
         if self._lost is not None:

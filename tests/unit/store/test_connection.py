@@ -22,7 +22,7 @@ from trimtab_store.errors import (
     StorageUnreachable,
 )
 
-from .conftest import KEY, SECRET, Server, free_port, keys_folder
+from .conftest import KEY, SECRET, Proxy, Server, free_port, keys_folder
 
 
 def test_an_object_is_written_read_and_deleted(s3: S3, bucket: str) -> None:
@@ -36,6 +36,14 @@ def test_an_object_is_written_read_and_deleted(s3: S3, bucket: str) -> None:
     s3.delete_object(uri)
     s3.delete_object(uri)
     assert not s3.exists(uri)
+
+
+@pytest.mark.parametrize("key", ["a", "ä +1.txt", "a=b&c?d#e%20f", "~/.-_/(x)!*'"])
+def test_plain_requests_take_the_short_way(through: S3, proxy: Proxy, bucket: str, key: str) -> None:
+    through.put_object(f"{bucket}/{key}", b"content")
+    assert through.get_object(f"{bucket}/{key}") == b"content"
+    assert through.get_range(f"{bucket}/{key}", 1, 3) == b"ont"
+    assert [method for method, _ in proxy.requests] == ["PUT", "GET", "GET"], "a longer way asks twice"
 
 
 def test_read_into_fills_the_very_buffer(s3: S3, bucket: str) -> None:
