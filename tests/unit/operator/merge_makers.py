@@ -15,7 +15,7 @@ from trimtab_api.v1alpha1.status import Artifact
 from trimtab_operator.mergejob import build
 from trimtab_operator.mergejob.plan import Seen, resolve
 from trimtab_operator.settings import Settings
-from trimtab_operator.sources import Producer, Reference
+from trimtab_operator.sources import Producers, Reference
 
 OTHER_DIGEST = "sha256:" + "b" * 64
 PREFIX = "s3://bucket/runs/ns/merged/m1"
@@ -55,7 +55,7 @@ class Story:
     spec: dict[str, Any] = field(default_factory=dict)
     status: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
-    producers: dict[Reference, Producer | None] = field(default_factory=lambda: dict([trained("harbour")]))
+    producers: Producers = field(default_factory=lambda: dict([trained("harbour")]))
     children: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
     pods: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[dict[str, Any]] = field(default_factory=list)

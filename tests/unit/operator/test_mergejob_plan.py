@@ -417,6 +417,7 @@ def test_a_base_that_is_named_wins() -> None:
 
 def test_a_failed_reference_is_told_with_its_reason() -> None:
     reference, job = trained("harbour", digest=None)
+    assert job.status is not None
     ended = job.status.conditions[0].model_copy(update={"status": "False", "reason": "DataInvalid", "message": "row 3"})
     job = job.model_copy(update={"status": job.status.model_copy(update={"conditions": [ended]})})
     found = configure(Story(producers={reference: job}).seen())
