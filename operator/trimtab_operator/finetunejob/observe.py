@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
-
-from pydantic import ValidationError
 
 from trimtab_api import names
 from trimtab_api.contract import PROGRESS_KEY, ProgressReport
 from trimtab_api.v1alpha1 import FineTuneJob
 from trimtab_operator import lookup, trouble
+from trimtab_operator.finetunejob import status
 from trimtab_operator.finetunejob.seen import Seen, finished
 from trimtab_operator.kube import Kube
 from trimtab_operator.plan import Key, Object
@@ -42,6 +40,7 @@ async def observe(kube: Kube, key: Key, settings: Settings) -> tuple[Object, See
         return raw, Seen(job=job, settings=settings, leavings=tuple(leavings + mine))
     checks = [pod for pod in every if _label(pod, names.ROLE) == "preflight" and _is_of(pod, job, None, "preflight")]
     number = open_attempt or 0
+    progress = await kube.get("ConfigMap", key.namespace, names.progress(key.name)) if number else None
     return raw, Seen(
         job=job,
         settings=settings,
@@ -51,7 +50,8 @@ async def observe(kube: Kube, key: Key, settings: Settings) -> tuple[Object, See
         gang=await kube.get("PyTorchJob", key.namespace, names.pytorchjob(key.name, number)) if number else None,
         pods=tuple(mine),
         leavings=tuple(leavings),
-        report=await _report(kube, key) if number else None,
+        progress=progress,
+        report=_report(progress, job, number),
         events=tuple(await _events(kube, key, mine if number else checks, seen)),
     )
 
@@ -74,13 +74,12 @@ def references(job: FineTuneJob) -> list[Reference]:
     return [found for source in (model.from_, tokenizer) if source and (found := referenced(source))]
 
 
-async def _report(kube: Kube, key: Key) -> ProgressReport | None:
-    """What the trainer reports, held against the contract; a broken report is passed over, not believed."""
-    config_map = await kube.get("ConfigMap", key.namespace, names.progress(key.name))
-    try:
-        return ProgressReport.read(json.loads(((config_map or {}).get("data") or {}).get(PROGRESS_KEY, "")))
-    except (ValueError, TypeError, ValidationError):
+def _report(config_map: Object | None, job: FineTuneJob, attempt: int) -> ProgressReport | None:
+    """What the trainer of this attempt reports; a broken report is passed over, not believed."""
+    owners = config_map["metadata"].get("ownerReferences") or [] if config_map else []
+    if config_map is None or all(owner["uid"] != job.metadata.uid for owner in owners):
         return None
+    return status.believed((config_map.get("data") or {}).get(PROGRESS_KEY), attempt)
 
 
 async def _events(kube: Kube, key: Key, pods: Iterable[Mapping[str, Any]], seen: Seen) -> list[Object]:

@@ -263,7 +263,8 @@ def watch(seen: Seen, now: datetime) -> Plan:
     word = Word(Reason.RUNNING, f"attempt {attempt.number} runs on {len(seen.pods)} pods")
     told = _with_report(seen, now, word)
     again = WATCH_SECONDS if left is None else max(1.0, min(WATCH_SECONDS, left))
-    return Plan(status=told.dump(), release=seen.leavings, requeue_after=again)
+    missing = () if seen.progress is not None else (build.progress_map(seen.job),)
+    return Plan(create=missing, status=told.dump(), release=seen.leavings, requeue_after=again)
 
 
 def assemble(seen: Seen, now: datetime) -> Plan:

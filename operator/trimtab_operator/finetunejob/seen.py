@@ -27,6 +27,8 @@ class Seen:
     """Trainer pods of the open attempt."""
     leavings: tuple[Object, ...] = ()
     """Trainer pods of closed attempts, and of a predecessor of the same name."""
+    progress: Object | None = None
+    """The ConfigMap that the open attempt reports into."""
     report: ProgressReport | None = None
     events: tuple[Object, ...] = ()
     """Warning events of the namespace, read only while something does not run."""

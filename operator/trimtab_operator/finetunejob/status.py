@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
+
+from pydantic import ValidationError
 
 from trimtab_api.conditions import INPUTS_SOUND, RUNBOOK, SUCCEEDED, SUSPENDED, Reason
 from trimtab_api.contract import ProgressReport
 from trimtab_api.v1alpha1 import FineTuneJob
 from trimtab_api.v1alpha1.finetunejob import Attempt, CheckpointRecord, FineTuneJobStatus, Progress
 from trimtab_api.v1alpha1.status import MESSAGE_LIMIT, Condition
+from trimtab_operator import trouble
 
 State = Literal["True", "False", "Unknown"]
 ATTEMPTS_KEPT = 32
 CHECKPOINTS_KEPT = 16
+LARGEST = 2**53
+"""Numbers beyond it are not believed: a status cannot hold them exactly."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,42 @@ def record(job: FineTuneJob, attempt: Attempt) -> list[Attempt]:
     """The newest attempts with this one in its place."""
     others = [each for each in of(job).attempts if each.number != attempt.number]
     return sorted([*others, attempt], key=lambda each: each.number)[-ATTEMPTS_KEPT:]
+
+
+# ------------------------------------------------------------ what pods say
+
+
+def believed(text: str | None, attempt: int) -> ProgressReport | None:
+    """A report of this attempt that keeps to the contract and that the API server will take; None for any other."""
+    try:
+        document = json.loads(text or "", parse_constant=lambda _: None)
+        report = ProgressReport.read(_sane(document))
+    except (ValueError, TypeError, RecursionError, ValidationError):
+        return None
+    if report.attempt != attempt:
+        return None
+    moment = report.progress.updated_time if report.progress else None
+    return report if moment is None or _is_moment(moment) else None
+
+
+def _sane(value: Any) -> Any:
+    """The value without numbers that no status can hold: they become null, like those that were never said."""
+    if isinstance(value, dict):
+        return {key: sane for key, inner in value.items() if (sane := _sane(inner)) is not None}
+    if isinstance(value, list):
+        return [_sane(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return None
+    return value
+
+
+def _is_moment(text: str) -> bool:
+    try:
+        return trouble.moment(text).tzinfo is not None
+    except ValueError:
+        return False
 
 
 def reported(job: FineTuneJob, report: ProgressReport | None, attempt: int) -> dict[str, Any]:
