@@ -43,7 +43,7 @@ def main() -> int:
     options = _options()
     with tempfile.TemporaryDirectory(prefix="trimtab-bench-", dir=options.folder) as root:
         base, adapter, size = _inputs(Path(root), options.layers)
-        runs = {name: [] for name in _commands(base, adapter, Path(root))}
+        runs: dict[str, list[Figure]] = {name: [] for name in _commands(base, adapter, Path(root))}
         for _ in range(options.rounds):
             for name, command in _commands(base, adapter, Path(root)).items():
                 runs[name].append(_measure(command, Path(root) / "output"))

@@ -57,7 +57,7 @@ class Adapter:
         """What PEFT needs to lay the adapter over a model, to answer and not to learn."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found: LoraConfig = LoraConfig.from_peft_type(**self.config)  # type: ignore[no-untyped-call]
+            found: LoraConfig = LoraConfig.from_peft_type(**self.config)
         found.inference_mode = True
         found.init_lora_weights = False
         found.lora_dropout = 0.0
@@ -133,7 +133,8 @@ def overlay(architecture: Architecture, adapters: list[Adapter]) -> Overlay:
         laid.put(adapter, name)
     assert laid is not None
     _refuse_incomplete(laid, adapters)
-    return laid.eval()
+    laid.eval()
+    return laid
 
 
 def operations(architecture: Architecture, adapter: Adapter) -> dict[str, tuple[Operation, ...]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights  # type: ignore[import-untyped]
+from accelerate import init_empty_weights
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -184,7 +184,7 @@ class Names:
             group.sources.setdefault(pattern or "", []).append(name)
         return groups
 
-    def _used(self, kind: type) -> list[Any]:
+    def _used(self, kind: Any) -> list[Any]:
         return [each for each in self._transforms if isinstance(each, kind) and each.was_used()]
 
     def _check(self, tensors: Mapping[str, TensorInfo]) -> None:

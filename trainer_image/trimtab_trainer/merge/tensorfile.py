@@ -54,7 +54,7 @@ class TensorInfo:
     @property
     def size(self) -> int:
         """Bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * int(self.dtype.itemsize)
 
 
 def header_length(prefix: bytes, file: str, file_size: int) -> int:

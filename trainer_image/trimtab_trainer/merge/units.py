@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 
@@ -14,7 +14,7 @@ from trimtab_trainer.merge.checkpoint import CHUNK, SINGLE, Checkpoint
 from trimtab_trainer.merge.tensorfile import TensorInfo, build_header
 from trimtab_trainer.merge.update import Arithmetic, Change, cast, is_transposed
 
-Piece = memoryview | torch.Tensor
+Piece: TypeAlias = memoryview | torch.Tensor
 """Some of a tensor's bytes."""
 
 

@@ -152,4 +152,4 @@ class _Writer:
 def _bytes(piece: Piece) -> memoryview:
     if isinstance(piece, memoryview):
         return piece
-    return memoryview(piece.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return memoryview(piece.reshape(-1).view(torch.uint8).numpy())
