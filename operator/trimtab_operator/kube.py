@@ -140,6 +140,7 @@ class Kube:
         """Make the object, or bring the fields that we own to what they shall be."""
         if await self.create(made):
             return
+        await self._own(made)
         query = {"fieldManager": names.FIELD_MANAGER, "force": "true"}
         await self._request("PATCH", path_of(made), query, body=made, content="application/apply-patch+yaml")
 
@@ -233,15 +234,28 @@ class Kube:
 
     # ------------------------------------------------------------ the wire
 
+    async def _own(self, made: Object) -> None:
+        """Make what we own by POST and merge patches owned by apply, or apply could never take any of it away."""
+        present = await self.get(made["kind"], made["metadata"]["namespace"], made["metadata"]["name"])
+        meta = (present or {}).get("metadata", {})
+        fields = owned_by_apply(meta.get("managedFields") or [])
+        if fields is None:
+            return
+        patch = {"metadata": {"managedFields": fields, "resourceVersion": meta["resourceVersion"]}}
+        query = {"fieldManager": names.FIELD_MANAGER}
+        await self._request("PATCH", path_of(made), query, body=patch, content=MERGE)
+
     async def _is_ours(self, made: Object) -> bool:
         present = await self.get(made["kind"], made["metadata"]["namespace"], made["metadata"]["name"])
         if present is None:
             raise Stale(f"{made['kind']} {made['metadata']['name']} went away while it was looked at")
         wanted = {owner["uid"] for owner in made["metadata"].get("ownerReferences", [])}
         owners = {owner["uid"] for owner in present["metadata"].get("ownerReferences", [])}
-        if present["metadata"].get("deletionTimestamp") and wanted & owners:
-            raise Stale(f"{made['kind']} {made['metadata']['name']} is still going away")
-        return bool(wanted & owners)
+        if wanted & owners and not present["metadata"].get("deletionTimestamp"):
+            return True
+        if wanted & owners or _is_predecessors(present, made):
+            raise Unavailable(f"{made['kind']} {made['metadata']['name']} of before is still going away")
+        return False
 
     async def _request(
         self,
@@ -269,7 +283,31 @@ class Kube:
         raise _error(answer.status, what, document)
 
 
+def _is_predecessors(present: Object, made: Object) -> bool:
+    """It was made for a resource of the same kind and name that was deleted: garbage collection is about to take it."""
+    whose = (names.MANAGED_BY, names.OWNER_KIND, names.OWNER_NAME)
+    theirs, ours = (each["metadata"].get("labels") or {} for each in (present, made))
+    return all(key in ours and theirs.get(key) == ours[key] for key in whose)
+
+
 MERGE = "application/merge-patch+json"
+
+
+def owned_by_apply(managed: list[Object]) -> list[Object] | None:
+    """The managedFields with all entries of ours made one of server-side apply; None when they are so already."""
+    ours = [entry for entry in managed if entry.get("manager") == names.FIELD_MANAGER and not entry.get("subresource")]
+    if all(entry.get("operation") == "Apply" for entry in ours):
+        return None
+    fields: Object = {}
+    for entry in ours:
+        fields = _union(fields, entry.get("fieldsV1") or {})
+    others = [entry for entry in managed if entry not in ours]
+    return [*others, {**ours[0], "operation": "Apply", "fieldsV1": fields}]
+
+
+def _union(one: Object, other: Object) -> Object:
+    both = {key: _union(one[key], other[key]) for key in one.keys() & other.keys()}
+    return {**one, **other, **both}
 
 
 class _Missing(KubeError):

@@ -127,6 +127,8 @@ class Stage:
 
     api: Api
     namespace: str
+    checked: set[str] = field(default_factory=set)
+    """Preflight Jobs that were played."""
 
     # ------------------------------------------------------------ objects
 
@@ -207,9 +209,10 @@ class Stage:
             job = self.get("Job", f"{name}-preflight")
             if job is None or job["metadata"].get("deletionTimestamp"):
                 return None
-            return None if self.get("Pod", _pod_name(job)) else job
+            return None if job["metadata"]["uid"] in self.checked else job
 
         job = eventually(fresh, f"a new preflight of {name}", deadline)
+        self.checked.add(job["metadata"]["uid"])
         pod = self.pod_of(job, _pod_name(job), job["spec"]["template"])
         self.end(pod, code, ending or {"reason": "InputsSound", "message": "4 rows are sound", "rows": 4})
 

@@ -101,8 +101,11 @@ def resolved(job: FineTuneJob, image: str, output: str) -> ResolvedFineTune:
 
 
 def output_place(job: FineTuneJob, settings: Settings) -> S3Place | Unmet:
-    """The prefix that belongs to this job alone."""
-    spec = job.spec
+    """The prefix that belongs to this job alone. Once chosen it stays, whatever the installation's default."""
+    spec, known = job.spec, job.status
+    chosen = known.resolved.output_uri if known is not None and known.start_time and known.resolved else None
+    if chosen is not None:
+        return S3Place(uri=chosen, connection=sources.connection(spec.output.storage, spec.storage, settings.storage))
     return sources.output_place(spec.output, spec.storage, settings.storage, settings.output, identity(job))
 
 

@@ -13,6 +13,7 @@ from trimtab_api import names
 from trimtab_api.conditions import INPUTS_SOUND, SUSPENDED, Reason
 from trimtab_api.contract import RunConfig
 from trimtab_api.v1alpha1.finetunejob import Attempt, FineTuneJobStatus
+from trimtab_api.v1alpha1.status import Condition
 from trimtab_operator import trouble
 from trimtab_operator.finetunejob import build, gang, status
 from trimtab_operator.finetunejob.seen import Seen, finished
@@ -27,20 +28,36 @@ WATCH_SECONDS = 30.0
 """Pace of looking while pods run: for deadlines and hangs."""
 CLOSING_SECONDS = 2.0
 """Pace of looking while a gang goes away."""
+CLEANING_SECONDS = 30.0
+"""After a failure training-operator sends the rest of the gang away; after this long it is done for it."""
+RECHECK_SECONDS = (5.0, 300.0)
+"""Shortest and longest wait before inputs are looked at again: half as long as they have been wrong."""
 
-NOT_BILLED = frozenset({Reason.SUSPENDED, Reason.UNSCHEDULABLE, Reason.PODS_REFUSED, Reason.IMAGE_UNAVAILABLE})
+STUCK_SECONDS = 10.0
+"""What a pod is given to find the Secret, claim or image that it lacks, beyond the time between two looks."""
+
+MENDED_BY_USER = frozenset({Reason.CREDENTIALS_MISSING, Reason.VOLUME_UNAVAILABLE, Reason.IMAGE_UNAVAILABLE})
+"""What keeps a preflight's pod from starting until somebody makes what it mounts or pulls."""
+
+NOT_BILLED = frozenset(
+    {
+        Reason.SUSPENDED, Reason.UNSCHEDULABLE, Reason.PODS_REFUSED, Reason.IMAGE_UNAVAILABLE,
+        Reason.VOLUME_UNAVAILABLE,
+    }
+)  # fmt: skip
 """Endings that are nobody's failure: the gang never ran, or the user stopped it."""
 
 INPUTS = frozenset(
     {
         Reason.BUCKET_MISSING, Reason.OBJECT_MISSING, Reason.CREDENTIALS_MISSING, Reason.CREDENTIALS_WRONG,
         Reason.STORAGE_UNREACHABLE, Reason.DATA_INVALID, Reason.DATA_EMPTY, Reason.MODEL_INVALID,
-        Reason.CHAT_TEMPLATE_MISSING, Reason.BASE_MISMATCH, Reason.DIGEST_MISMATCH, Reason.NOT_AN_ARTIFACT,
+        Reason.CHAT_TEMPLATE_MISSING, Reason.BASE_MISMATCH, Reason.INPUT_CHANGED, Reason.DIGEST_MISMATCH,
+        Reason.NOT_AN_ARTIFACT,
     }
 )  # fmt: skip
 """Endings that a mended input cures: the inputs are looked at again before the next attempt."""
 
-FINAL = frozenset({Reason.SPEC_INVALID, Reason.ASSERTION_FAILED, Reason.INPUT_CHANGED, Reason.DEADLINE_EXCEEDED})
+FINAL = frozenset({Reason.SPEC_INVALID, Reason.ASSERTION_FAILED, Reason.DEADLINE_EXCEEDED})
 """Endings that another attempt would only repeat."""
 
 
@@ -52,6 +69,8 @@ def plan(seen: Seen, now: datetime) -> Plan:
         return retain(seen, now)
     if seen.attempt is not None:
         return closing(seen, now) if seen.attempt.reason else watch(seen, now)
+    if (left := deadline(seen, now)) is not None and left <= 0 and not seen.job.spec.suspend:
+        return expire(seen, now)
     if seen.job.spec.suspend:
         return pause(seen, now)
     if (wait := pace(seen, now)) > 0:
@@ -65,6 +84,15 @@ def hindered(seen: Seen, now: datetime, reason: str, message: str) -> dict[str, 
 
 
 # ------------------------------------------------------------ before an attempt
+
+
+def expire(seen: Seen, now: datetime) -> Plan:
+    """The deadline passed between two attempts."""
+    message = f"activeDeadlineSeconds ({seen.job.spec.active_deadline_seconds} s) passed. No further attempt is made."
+    word = Word(Reason.DEADLINE_EXCEEDED, message)
+    told = status.told(seen.job, now, "False", word, completion_time=status.stamp(now))
+    event = Event("Warning", word.reason, word.message)
+    return Plan(status=told.dump(), release=seen.leavings, delete=_preflight_ref(seen), events=(event,))
 
 
 def pause(seen: Seen, now: datetime) -> Plan:
@@ -153,9 +181,28 @@ def _still_checking(seen: Seen, now: datetime) -> Plan:
     found = next((found for pod in seen.preflight_pods if (found := trouble.of_pod(pod, seen.events))), None)
     if found is None and not seen.preflight_pods:
         found = trouble.refused(seen.events, names.preflight(seen.job.metadata.name))
-    word = Word(found.reason, _remedied(found)) if found else _checking(seen)
-    told = status.told(seen.job, now, "Unknown", word)
-    return Plan(status=told.dump(), release=seen.leavings, requeue_after=CHECK_SECONDS)
+    if found is None or seen.preflight is None or found.reason not in MENDED_BY_USER:
+        word = Word(found.reason, _remedied(found)) if found else _checking(seen)
+        told = status.told(seen.job, now, "Unknown", word)
+        return Plan(status=told.dump(), release=seen.leavings, requeue_after=CHECK_SECONDS)
+    # The kubelet tries mounts and pulls ever more rarely; a new pod is tried at once.
+    word = Word(found.reason, _remedied(found))
+    conditions = status.with_inputs(seen.job, "False", word, now)
+    stood = (now - trouble.moment(seen.preflight["metadata"]["creationTimestamp"])).total_seconds()
+    stuck = stood > STUCK_SECONDS + _recheck_after(conditions, now)
+    return Plan(
+        status=status.told(seen.job, now, "Unknown", word, conditions=conditions).dump(),
+        release=seen.leavings,
+        delete=_preflight_ref(seen) if stuck else (),
+        requeue_after=CHECK_SECONDS,
+    )
+
+
+def _recheck_after(conditions: list[Condition], now: datetime) -> float:
+    """Seconds from one look at the inputs to the next."""
+    since = next(each.last_transition_time for each in conditions if each.type == INPUTS_SOUND)
+    shortest, longest = RECHECK_SECONDS
+    return min(longest, max(shortest, (now - trouble.moment(since)).total_seconds() / 2))
 
 
 def _mistake(seen: Seen, now: datetime, end: PodEnd) -> Plan:
@@ -163,9 +210,7 @@ def _mistake(seen: Seen, now: datetime, end: PodEnd) -> Plan:
     reason = end.reason
     word = Word(reason, status.sentence(end.message, end.hint, reason))
     conditions = status.with_inputs(seen.job, "False", word, now)
-    since = next(each.last_transition_time for each in conditions if each.type == INPUTS_SOUND)
-    wrong_for = (now - trouble.moment(since)).total_seconds()
-    again = min(300.0, max(5.0, wrong_for * 0.5))
+    again = _recheck_after(conditions, now)
     looked = _ended_at(seen)
     wait = again - (now - looked).total_seconds() if looked else again
     told = status.told(seen.job, now, "Unknown", word, conditions=conditions)
@@ -213,14 +258,24 @@ def start(seen: Seen, now: datetime, config: RunConfig, verdict: PodEnd | None =
         resolved=config.resolved.model_copy(update={"inputs": pins}),
         suspended_seconds=known.suspended_seconds + _was_suspended(seen, now),
     )
-    gone = Ref("PyTorchJob", job.metadata.namespace, names.pytorchjob(job.metadata.name, config.attempt - 1))
     return Plan(
         create=tuple(build.attempt(job, config, seen.settings)),
         status=told.dump(),
         release=seen.leavings,
-        delete=(gone, *_preflight_ref(seen)) if config.attempt > 1 else _preflight_ref(seen),
+        delete=(*_superseded(seen, config.attempt), *_preflight_ref(seen)),
         events=(Event("Normal", "Started", f"attempt {config.attempt} on {job.spec.distributed.nodes} pods"),),
         requeue_after=CHECK_SECONDS,
+    )
+
+
+def _superseded(seen: Seen, number: int) -> tuple[Ref, ...]:
+    """The attempt before the last one: the last one stays, so that its pods' logs can be read."""
+    if number <= 2:
+        return ()
+    meta = seen.job.metadata
+    return (
+        Ref("PyTorchJob", meta.namespace, names.pytorchjob(meta.name, number - 2)),
+        Ref("ConfigMap", meta.namespace, names.run_config(meta.name, number - 2)),
     )
 
 
@@ -276,8 +331,10 @@ def assemble(seen: Seen, now: datetime) -> Plan:
         return Plan(status=_with_report(seen, now, word).dump(), release=seen.leavings, requeue_after=WATCH_SECONDS)
     found = next((found for pod in seen.pods if (found := trouble.of_pod(pod, seen.events))), None)
     found = found or _refused(seen)
-    waited = (now - trouble.moment(attempt.start_time)).total_seconds()
-    if found is not None and found.reason in NOT_BILLED and waited > seen.settings.start_timeout_seconds:
+    waited = (now - gang.assembling_since(seen.pods, attempt.start_time)).total_seconds()
+    if waited > seen.settings.start_timeout_seconds and gang.holds_nodes(seen.pods):
+        # What waits for its first node holds nothing, and must be seen to wait or no node is ever added.
+        found = found or Trouble(Reason.PODS_REFUSED, f"the gang is not complete after {waited:.0f} s.")
         return leave(seen, now, found.reason, _remedied(found))
     up = sum(trouble.running(pod) for pod in seen.pods)
     word = Word(Reason.PENDING, f"attempt {attempt.number}: {up} of {seen.job.spec.distributed.nodes} pods run")
@@ -413,7 +470,9 @@ def leave(seen: Seen, now: datetime, reason: Reason, message: str, end: PodEnd |
         attempts=status.record(seen.job, ending),
         **status.reported(seen.job, seen.report, attempt.number),
     )
-    return Plan(status=told.dump(), release=seen.leavings, delete=_gang_ref(seen), requeue_after=CLOSING_SECONDS)
+    # What failed by itself is cleaned up by training-operator, which keeps the failed pod and its log.
+    gone = () if ending.exit_code is not None else _gang_ref(seen)
+    return Plan(status=told.dump(), release=seen.leavings, delete=gone, requeue_after=CLOSING_SECONDS)
 
 
 def closing(seen: Seen, now: datetime) -> Plan:
@@ -424,7 +483,10 @@ def closing(seen: Seen, now: datetime) -> Plan:
     if success := next((end for end in ends if end.succeeded and end.ending and end.ending.artifact), None):
         return succeed(seen, now, success)
     if gang.alive(seen.pods, now):
-        return Plan(release=seen.leavings, delete=_gang_ref(seen), requeue_after=CLOSING_SECONDS)
+        begun = min((gang.began_to_end(pod) for pod in seen.pods), default=now)
+        cleaning = attempt.exit_code is not None and (now - begun).total_seconds() < CLEANING_SECONDS
+        gone = () if cleaning else _gang_ref(seen)
+        return Plan(release=seen.leavings, delete=gone, requeue_after=CLOSING_SECONDS)
     last = next((end for end in ends if end.ending is not None and end.ending.step is not None), None)
     return close(seen, now, _stepped(seen, attempt, last))
 
@@ -458,7 +520,8 @@ def close(seen: Seen, now: datetime, attempt: Attempt) -> Plan:
     return Plan(
         status=told.dump(),
         release=(*seen.leavings, *seen.pods),
-        delete=_gang_ref(seen) if not told.completion_time else (),
+        # A gang that has not failed yet would have its pods made again once they are let go.
+        delete=() if gang.has_condition(seen.gang, "Failed") else _gang_ref(seen),
         events=(event,),
         requeue_after=0.2,
     )
