@@ -17,8 +17,11 @@ from trimtab_trainer.progress import ConfigMapReporter, MetricsReporter, Reporte
 
 def run_rank(config: RunConfig, place: Place, notice: Notice, reporter: Callable[[], Reporter]) -> RankResult:
     """Train as one process among `place.world`; whatever happens becomes a result."""
+    import transformers.utils.logging as library_log
+
     from trimtab_trainer.run import Run
 
+    library_log.disable_progress_bar()
     group = Group(place, config.resolved.world_size, config.spec.distributed.timeout_seconds)
     group.join()
     telling = reporter() if place.first else Silent()

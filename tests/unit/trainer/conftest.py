@@ -174,7 +174,17 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
             each.process.wait()
 
 
-PRELOADED = ["trimtab_trainer.__main__", "trimtab_trainer.run", "trl", "peft", "datasets", "torch.utils.tensorboard"]
+PRELOADED = [
+    "trimtab_trainer.__main__",
+    "trimtab_trainer.run",
+    "peft",
+    "datasets",
+    "torch.utils.tensorboard",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.auto.modeling_auto",
+]
 """Imported once, in the server that ranks are forked from: importing costs a rank more than ten seconds."""
 
 
