@@ -1,0 +1,29 @@
+"""The operator, killed right after its first write: what a node's failure between two effects looks like.
+
+python -m tests.api.faulty --settings ...
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from trimtab_operator import main
+from trimtab_operator.kube import Kube
+
+request = Kube._request
+
+
+async def once(self: Kube, method: str, *arguments: Any, **named: Any) -> Any:
+    """Pass the request on, and die when it has changed something."""
+    answer = await request(self, method, *arguments, **named)
+    if method != "GET":
+        os._exit(9)
+    return answer
+
+
+Kube._request = once  # type: ignore[method-assign]
+
+if __name__ == "__main__":
+    sys.exit(main.main())

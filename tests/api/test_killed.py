@@ -1,0 +1,53 @@
+"""The operator killed between any two effects: each of its lives makes one write, and the job still has one way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.api.conftest import Api
+from tests.api.stage import OperatorProcess, Stage, eventually
+
+LIVES = 60
+
+
+@pytest.fixture
+def mortal(operator_kubeconfig: Path, tmp_path: Path) -> Iterator[OperatorProcess]:
+    process = OperatorProcess(operator_kubeconfig, tmp_path, module="tests.api.faulty")
+    yield process
+    process.kill()
+
+
+def live(operator: OperatorProcess, until: Callable[[], Any]) -> None:
+    """Lives of the operator, until something is there."""
+    for _ in range(LIVES):
+        if until():
+            return
+        operator.start()
+        process = operator.process
+        assert process is not None
+        eventually(lambda p=process: p.poll() is not None or until(), "a write", 40)  # type: ignore[misc]
+        operator.kill()
+    raise AssertionError(f"not after {LIVES} lives\n{operator.log()[-3000:]}")
+
+
+@pytest.mark.timeout(600)
+def test_it_converges(mortal: OperatorProcess, api: Api, namespace: str) -> None:
+    stage = Stage(api, namespace)
+    stage.apply("job")
+    live(mortal, lambda: stage.get("Job", "job-preflight"))
+    stage.check("job")
+    live(mortal, lambda: stage.status("job").get("attempt") == 1)
+    (pod,) = stage.gang("job")
+    stage.end(pod, 74, {"reason": "StorageFailed", "message": "gone", "step": 3})
+    live(mortal, lambda: stage.status("job")["attempts"][0].get("endTime"))
+    live(mortal, lambda: stage.status("job")["attempt"] == 2)
+    (pod,) = stage.gang("job", 2)
+    stage.succeed(pod, "s3://results/runs/x/artifact")
+    live(mortal, lambda: stage.status("job").get("completionTime"))
+    told = stage.status("job")
+    assert [(each["number"], each["reason"]) for each in told["attempts"]] == [(1, "StorageFailed"), (2, "Succeeded")]
+    assert told["failures"] == 1
