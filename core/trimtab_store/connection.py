@@ -51,8 +51,10 @@ SMALL = 64 << 20
 
 _CHUNK = 1 << 20
 _CONNECT_TIMEOUT = 5
-_READ_TIMEOUT = 30
+_READ_TIMEOUT = 60
 """Seconds without a byte after which an answer is given up and asked for again."""
+_ASSEMBLY_TIMEOUT = 300
+"""The same for the end of a multi-part upload, when some servers copy the whole object before they answer."""
 _POOL = 32
 """Connections kept open; more threads than these would open a new one for each request."""
 _BATCH = 1000
@@ -347,6 +349,7 @@ def connect(connection: Connection, *, patience: float = PATIENCE) -> S3:
         raise ConnectionInvalid(
             connection.endpoint or "s3", problem, "set storage.endpoint to http(s)://HOST:PORT"
         ) from error
+    client.meta.events.register("before-call.s3.CompleteMultipartUpload", _take_time)
     http = _http(client.meta.endpoint_url, verify)
     opened = S3(client, Direct(client, credentials, http, anonymous=connection.anonymous), patience)
     if trust is not None:
@@ -370,6 +373,10 @@ def _config(connection: Connection) -> Config:
         s3={"addressing_style": "path" if connection.path_style else "auto"},
         user_agent="trimtab",
     )
+
+
+def _take_time(params: dict[str, Any], **_: object) -> None:
+    params["context"]["read_timeout"] = _ASSEMBLY_TIMEOUT
 
 
 def _http(endpoint: str, verify: bool | str) -> URLLib3Session:

@@ -114,6 +114,7 @@ def bring(
         with converted_disk(into):
             if identity.manifest is not None:
                 (partial / MANIFEST_NAME).write_bytes(identity.manifest.encoded())
+                (partial / MANIFEST_NAME).chmod(0o644)
             _open_to_readers(partial, durable=durable)
             partial.rename(into)
             if durable:
@@ -142,6 +143,9 @@ def _receive_all(s3: S3, files: list[Wanted], folder: Path, meter: Meter, *, dur
     begun: list[_Receiving] = []
 
     def parts() -> Iterator[_Part]:
+        with converted_disk(folder):
+            for parent in {(folder / file.path).parent for file in files}:
+                parent.mkdir(parents=True, exist_ok=True)
         for file in files:
             receiving = _Receiving(s3, file, folder / file.path, gang.stop, durable=durable)
             begun.append(receiving)
@@ -170,8 +174,8 @@ class _Receiving:
         """Number of ranges."""
         self._missing = self.count
         with converted_disk(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            self._descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
+            os.fchmod(self._descriptor, 0o644)
 
     def receive(self, number: int, buffer: memoryview) -> int:
         """Read, write and digest one range; the thread that brings the last one verifies the file."""
@@ -220,11 +224,11 @@ def _write(descriptor: int, view: memoryview, offset: int) -> None:
 
 
 def _open_to_readers(folder: Path, *, durable: bool) -> None:
-    """Let every user read, whatever the umask: the engine runs under another uid than the agent."""
-    for path in (folder, *folder.rglob("*")):
-        path.chmod(0o755 if path.is_dir() else 0o644)
-        if durable and path.is_dir():
-            _sync_folder(path)
+    """Let every user look, whatever the umask: the engine runs under another uid than the agent."""
+    for name, _, _ in os.walk(folder):
+        Path(name).chmod(0o755)
+        if durable:
+            _sync_folder(Path(name))
 
 
 def _sync_folder(folder: Path) -> None:

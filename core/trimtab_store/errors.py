@@ -206,6 +206,7 @@ _CODES: dict[str, tuple[type[StorageError], str, str]] = {
         "name a Secret in storage.credentials",
     ),
     "NoSuchUpload": (UploadLost, "the storage has forgotten the upload", "start it again"),
+    "InvalidPart": (UploadLost, "the storage has forgotten a part of the upload", "start it again"),
     "PreconditionFailed": (ObjectChanged, "the object was replaced while it was read", "start again"),
     "EntityTooLarge": (StorageError, "the object is larger than the storage takes", "use smaller files"),
     "QuotaExceeded": (StorageError, "the storage's quota is used up", "free some room in the storage"),

@@ -143,12 +143,12 @@ class Fault:
     """What shall happen to the next `times` requests that match."""
 
     kind: str
-    """status, reset, short, stall, flip."""
+    """status, reset, short, stall, flip, slow."""
     method: str = "GET"
     contains: str = ""
     times: int = 1
     value: int = 0
-    """Status code; bytes after which it breaks; number of the byte that is flipped."""
+    """Status code; bytes after which it breaks; number of the byte that is flipped; seconds."""
     code: str = ""
     seen: int = 0
 
@@ -224,6 +224,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is not None and fault.kind == "stall" and not fault.value:
             self.owner.released.wait(30)
             return self.reset()
+        if fault is not None and fault.kind == "slow":
+            self.owner.released.wait(fault.value)
         return self.forward(body, fault)
 
     do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815

@@ -20,6 +20,7 @@ from trimtab_store.errors import (
     ShortRead,
     StorageError,
     StorageUnreachable,
+    UploadLost,
 )
 
 from .conftest import Fault, Proxy, Server, eventually, keys_folder, read_folder
@@ -178,6 +179,31 @@ def test_a_server_that_forgets_an_upload_gets_it_again(folder: Folder, tmp_path:
         assert read_folder(tmp_path / "into") == FILES
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize("code", ["NoSuchUpload", "InvalidPart"])
+def test_an_upload_that_cannot_be_completed_is_begun_again_but_not_for_ever(
+    s3: S3, through: S3, proxy: Proxy, bucket: str, folder: Folder, tmp_path: Path, code: str
+) -> None:
+    source = folder(FILES)
+    fault = proxy.add(Fault("status", method="POST", contains="uploadId=", value=400, code=code, times=2))
+    manifest = publish(through, source, f"{bucket}/art", {})
+    assert fault.seen == 2
+    fetch(s3, f"{bucket}/art", tmp_path / "into", expected_digest=manifest.digest)
+    assert read_folder(tmp_path / "into") == FILES
+    fault.times = 99
+    with pytest.raises(UploadLost, match=f"{bucket}/art/large: the storage has forgotten"):
+        publish(through, source, f"{bucket}/art", {})
+    assert fault.seen == 5, "three rounds"
+
+
+def test_a_server_may_take_its_time_to_put_an_object_together(
+    s3: S3, through: S3, proxy: Proxy, bucket: str, folder: Folder
+) -> None:
+    slow = proxy.add(Fault("slow", method="POST", contains="uploadId=", value=3))
+    publish(through, folder(FILES), f"{bucket}/art", {})
+    assert slow.seen == 1
+    assert sum(method == "POST" and "uploadId=" in path for method, path in proxy.requests) == 1, "asked once"
 
 
 def test_giving_up_interrupts_the_pauses_of_other_threads(
