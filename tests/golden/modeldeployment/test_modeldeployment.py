@@ -30,7 +30,9 @@ WITH_ACCELERATORS = {
 }
 
 
-@pytest.mark.parametrize(("name", "changes"), [("chat", {}), ("accelerated", WITH_ACCELERATORS)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "changes"), [("chat", {}), ("accelerated", WITH_ACCELERATORS)], ids=["chat", "accelerated"]
+)
 def test_becomes_what_it_became(name: str, changes: dict[str, object]) -> None:
     document = yaml.safe_load((EXAMPLES / "chat.yaml").read_text(encoding="utf-8"))
     document["metadata"] |= {"namespace": "ns", "uid": "d1", "generation": 1}
