@@ -9,7 +9,7 @@ from typing import Any
 
 from trimtab_api import names
 from trimtab_api.conditions import Reason
-from trimtab_api.contract import Ending, Exit
+from trimtab_api.contract import Ending, Exit, RunConfig
 from trimtab_api.v1alpha1 import FineTuneJob
 from trimtab_api.v1alpha1.status import Artifact
 from trimtab_operator.finetunejob import build
@@ -82,11 +82,21 @@ class Story:
         self.gang = {"metadata": {"name": f"job-{number}", "namespace": "ns", "uid": f"g{number}"}, "spec": {}}
         return self
 
-    def runs(self, *statuses: dict[str, Any]) -> Story:
-        """The open attempt's pods with these statuses, the master first."""
+    def failed(self) -> Story:
+        """training-operator has seen the gang fail."""
+        assert self.gang is not None
+        self.gang["status"] = {"conditions": [{"type": "Failed", "status": "True"}]}
+        return self
+
+    def runs(self, *statuses: dict[str, Any], seconds: float = -60) -> Story:
+        """The open attempt's pods with these statuses, the master first; they were made so many seconds ago."""
         for index, status in enumerate(statuses):
             name = f"job-{self.status['attempt']}-" + ("master-0" if index == 0 else f"worker-{index - 1}")
-            self.pods.append(pod("trainer", name, self.status["attempt"], **status))
+            made = pod("trainer", name, self.status["attempt"], **status)
+            made["metadata"]["creationTimestamp"] = at(seconds)
+            if status["phase"] == "Running":
+                made["spec"]["nodeName"] = "node"
+            self.pods.append(made)
         return self
 
     def checked(self, code: int, ending: Ending, hashed: str | None = None, ago: float = 1) -> Story:
@@ -96,14 +106,14 @@ class Story:
         return self
 
     def checking(self, hashed: str | None = None) -> Story:
-        meta = {"name": "job-preflight", "namespace": "ns", "uid": "p1"}
+        meta: dict[str, Any] = {"name": "job-preflight", "namespace": "ns", "uid": "p1", "creationTimestamp": at(-5)}
         meta |= {"annotations": {names.SPEC_HASH: hashed or self.hash()}}
         self.preflight = {"metadata": meta, "status": {}}
         return self
 
     def hash(self) -> str:
         config = build.run_config(self.job(), SETTINGS, {}, 1, SETTINGS.images.trainer)
-        assert isinstance(config, build.RunConfig)
+        assert isinstance(config, RunConfig)
         return build.inputs_hash(config, self.status.get("failures", 0))
 
     def job(self) -> FineTuneJob:
@@ -128,6 +138,7 @@ class Story:
             preflight_pods=tuple(self.preflight_pods),
             gang=self.gang,
             pods=tuple(self.pods),
+            progress={"metadata": {"name": "job-progress"}},
             events=tuple(self.events),
         )
 

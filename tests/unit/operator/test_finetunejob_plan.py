@@ -115,10 +115,29 @@ CASES = [
         says="0/3 nodes",
     ),
     Case(
-        "a gang that finds no room for too long lets go of what it holds",
-        lambda: Story().attempt(1, seconds=-400).runs({"phase": "Pending", **_unschedulable()}),
+        "a gang that finds no room at all goes on waiting for a node, and holds nothing",
+        lambda: Story().attempt(1, seconds=-400).runs({"phase": "Pending", **_unschedulable()}, seconds=-400),
+        ("Unknown", "Unschedulable"),
+    ),
+    Case(
+        "a gang of which only a part finds room for too long lets go of what it holds",
+        lambda: (
+            Story(spec={"distributed": {"nodes": 2}})
+            .attempt(1, seconds=-400)
+            .runs(RUNNING, {"phase": "Pending", **_unschedulable()}, seconds=-400)
+        ),
         ("Unknown", "Restarting"),
         deletes=("job-1",),
+        says="0/3 nodes",
+    ),
+    Case(
+        "a part of a gang that only just began is given time",
+        lambda: (
+            Story(spec={"distributed": {"nodes": 2}})
+            .attempt(1, seconds=-400)
+            .runs(RUNNING, {"phase": "Pending", **_unschedulable()}, seconds=-60)
+        ),
+        ("Unknown", "Unschedulable"),
     ),
     Case(
         "an artifact with a digest is success",
@@ -145,7 +164,6 @@ CASES = [
             .runs(RUNNING, main(Exit.STORAGE_FAILED, said(Reason.STORAGE_FAILED)))
         ),
         ("Unknown", "Restarting"),
-        deletes=("job-1",),
         says="leaving",
     ),
     Case(
@@ -156,12 +174,24 @@ CASES = [
             .runs(main(Exit.OUT_OF_MEMORY, said(Reason.OUT_OF_MEMORY)))
         ),
         ("False", "OutOfMemory"),
+        deletes=("job-2",),
         says="retries.limit (1)",
     ),
     Case(
         "what would only happen again is not tried again",
         lambda: Story().attempt(1).runs(main(Exit.ASSERTION_FAILED, said(Reason.ASSERTION_FAILED))),
         ("False", "AssertionFailed"),
+        deletes=("job-1",),
+    ),
+    Case(
+        "a gang that has failed keeps its pods, so that their logs can be read",
+        lambda: Story().attempt(1).runs(main(Exit.STALLED, said(Reason.STALLED))).failed(),
+        ("Unknown", "Restarting"),
+    ),
+    Case(
+        "a deadline that passes between two attempts ends the job",
+        lambda: Story(spec={"activeDeadlineSeconds": 60}).attempt(1, -100, endTime=at(-50), reason="Stalled"),
+        ("False", "DeadlineExceeded"),
     ),
     Case(
         "a preempted gang spends no retry",
