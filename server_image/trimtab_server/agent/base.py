@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,11 +14,14 @@ from trimtab_server import handoff
 from trimtab_server.agent import backoff, checks
 from trimtab_server.agent.desired import Desired
 from trimtab_server.agent.failure import Unservable
-from trimtab_server.agent.inputs import Inputs
+from trimtab_server.agent.inputs import Inputs, Progress
 from trimtab_server.agent.table import Served
 from trimtab_server.handoff import Handoff
 
 log = logging.getLogger("trimtab.agent.base")
+
+TELL_SECONDS = 10.0
+"""Pause between two words on how far a download is."""
 
 
 class BaseModel:
@@ -30,6 +34,8 @@ class BaseModel:
         """What adapters must fit."""
         self.failure: Unservable | None = None
         """Why it is not there."""
+        self.progress = ""
+        """How much of it is here, while it is fetched."""
         self._inputs = inputs
         self._file = file
         self._on_change = on_change
@@ -54,7 +60,7 @@ class BaseModel:
         if earlier is not None:
             # The agent started again in a pod whose engine runs already: the base stays what it was.
             source, name = _as_it_was(source, earlier), earlier.name
-        fetched = await self._inputs.fetch(source, "model")
+        fetched = await self._inputs.fetch(source, "model", self._teller())
         facts = await asyncio.to_thread(checks.read_base, fetched)
         told = Handoff(name=name, model_path=str(fetched.path), digest=fetched.digest)
         if told != earlier:
@@ -62,6 +68,19 @@ class BaseModel:
         log.info("model %s is at %s", told.served_name, told.model_path)
         self.facts, self.failure = facts, None
         self.served = Served(told.name, told.served_name, told.digest)
+
+    def _teller(self) -> Progress:
+        """Notes how far the download is, and says so now and then: each word costs every pod a write."""
+        loop, said = asyncio.get_running_loop(), time.monotonic()
+
+        def tell(done: int, whole: int) -> None:
+            nonlocal said
+            self.progress = f" ({done / 1e9:.1f} of {whole / 1e9:.1f} GB)"
+            if time.monotonic() - said >= TELL_SECONDS:
+                said = time.monotonic()
+                loop.call_soon_threadsafe(self._on_change)
+
+        return tell
 
     async def _hand_over(self, told: Handoff) -> None:
         try:

@@ -44,6 +44,7 @@ ANSWERABLE = frozenset(
 """Reasons of storage that a user can do something about; every other one is ModelInvalid."""
 
 Kind = Literal["model", "adapter"]
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -68,24 +69,27 @@ class Inputs:
         self._connections: dict[str, S3] = {}
         self._connecting = threading.Lock()
 
-    async def fetch(self, source: ModelInput, kind: Kind) -> Fetched:
-        """The input, complete and verified, kept in the cache until released. Raises Unservable."""
+    async def fetch(self, source: ModelInput, kind: Kind, progress: Progress | None = None) -> Fetched:
+        """The input, complete and verified, kept in the cache until released. Raises Unservable.
+
+        `progress` is called from worker threads with the bytes that are here and those that there are.
+        """
         try:
-            return await _finish(asyncio.to_thread(self._fetch, source, kind))
+            return await _finish(asyncio.to_thread(self._fetch, source, kind, progress))
         except StorageError as error:
             reason = error.reason if error.reason in ANSWERABLE else Reason.MODEL_INVALID
             raise Unservable(reason, f"{source.field}: {error}", transient=error.transient) from error
 
-    def _fetch(self, source: ModelInput, kind: Kind) -> Fetched:
+    def _fetch(self, source: ModelInput, kind: Kind, progress: Progress | None) -> Fetched:
         if source.s3 is not None:
-            return self._from_storage(source.s3)
+            return self._from_storage(source.s3, progress)
         if source.hugging_face is not None:
             return _from_hub(source.field, source.hugging_face, self._hub_folder)
         if source.path is not None:
             return _from_folder(source.field, Path(source.path), kind)
         raise Unservable(Reason.SPEC_INVALID, f"{source.field}: names no source; give s3, huggingFace or volume")
 
-    def _from_storage(self, place: S3Place) -> Fetched:
+    def _from_storage(self, place: S3Place, progress: Progress | None) -> Fetched:
         # A folder that was not published by us is taken as it is listed, so it may be a half-finished upload:
         # the checks of what it holds find that, and it is looked at again.
         entry = self._cache.get(
@@ -94,6 +98,7 @@ class Inputs:
             expected_digest=place.digest,
             safetensors_only=True,
             foreign=True,
+            progress=progress,
         )
         return Fetched(entry.path, entry.digest, _made_by(entry.path), entry.release)
 

@@ -68,7 +68,7 @@ class State:
             return self.base.failure.reason, self.base.failure.message[:1024]
         if self.desired.now is None:
             return Reason.STARTING, self.desired.complaint[:1024]
-        return Reason.STARTING, "the model is being fetched"
+        return Reason.STARTING, f"the model is being fetched{self.base.progress}"
 
     def report(self, pod_uid: str) -> AgentReport:
         """What the operator is told."""

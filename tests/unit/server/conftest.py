@@ -66,7 +66,7 @@ def write_base(folder: Path, hidden: int = HIDDEN, layers: int = 2, **config: An
     """A folder that looks like a Llama to whoever reads names and shapes."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
-    tensors = {"model.embed_tokens.weight": np.zeros((16, hidden), np.float32)}
+    tensors: dict[str, Any] = {"model.embed_tokens.weight": np.zeros((16, hidden), np.float32)}
     for layer in range(layers):
         for module in MODULES:
             tensors[f"model.layers.{layer}.{module}.weight"] = np.zeros((hidden, hidden), np.float32)
@@ -81,7 +81,7 @@ def write_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "bias": "none", "target_modules": ["q_proj"], **config}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
-    tensors = {}
+    tensors: dict[str, Any] = {}
     for layer in range(layers):
         for module in MODULES:
             name = f"base_model.model.model.layers.{layer}.{module}"
