@@ -133,7 +133,7 @@ def begin(seen: Seen, now: datetime) -> Plan:
         # Made before the Job is, or its pod could still read the old one.
         fresh = condition(seen.job, INPUTS_SOUND, "Unknown", Reason.CHECKING, "the inputs are others now", stamp(now))
         status = told(seen.job, stamp(now), "Unknown", Reason.PENDING, "begins again with other inputs", beside=[fresh])
-        return Plan(apply=(build.config_map(work),), status=status.dump(), requeue_after=0)
+        return Plan(apply=(build.config_map(work),), status=status.dump(), patch=stale_report(seen), requeue_after=0)
     number = next_attempt(seen.job)
     reason, message = _unless_wrong(seen, Reason.PENDING, f"the pod of attempt {number} is being made")
     status = told(
@@ -147,10 +147,21 @@ def begin(seen: Seen, now: datetime) -> Plan:
         attempts=record(of(seen.job).attempts, Attempt(number=number, start_time=stamp(now))),
         resolved=pinned(work),
     )
-    started = Event("Normal", Reason.PENDING, f"attempt {number} begins")
     return Plan(
-        create=(*missing(seen, build.objects(work)), build.job(work, number)), status=status.dump(), events=(started,)
+        create=(*missing(seen, build.objects(work)), build.job(work, number)),
+        status=status.dump(),
+        patch=stale_report(seen),
+        events=(Event("Normal", Reason.PENDING, f"attempt {number} begins"),),
     )
+
+
+def stale_report(seen: Seen) -> tuple[tuple[Ref, Mapping[str, Any]], ...]:
+    """Empty what an earlier pod reported: it tells nothing of the next one."""
+    report = seen.child("ConfigMap", names.merge_report(seen.job.metadata.name))
+    if report is None or not report.get("data"):
+        return ()
+    meta = report["metadata"]
+    return ((Ref("ConfigMap", meta["namespace"], meta["name"], meta["uid"]), {"data": None}),)
 
 
 def resolve(seen: Seen) -> Work | Unmet:
@@ -341,7 +352,7 @@ def reported(seen: Seen, since: str) -> MergeProgress | None:
     report = seen.child("ConfigMap", names.merge_report(seen.job.metadata.name)) or {}
     try:
         said = ProgressReport.read(json.loads((report.get("data") or {})[PROGRESS_KEY])).merge
-        if said is None or said.updated_time is None or trouble.moment(said.updated_time) < trouble.moment(since):
+        if said is None or (said.updated_time and trouble.moment(said.updated_time) < trouble.moment(since)):
             return None
     except (KeyError, ValueError, ValidationError):
         return None

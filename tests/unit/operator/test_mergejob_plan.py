@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -340,6 +341,23 @@ def test_the_start_is_when_a_pod_got_past_its_inputs() -> None:
     story = Story().begun().pod(**RUNNING)
     assert "startTime" not in status(plan(story.seen(), NOW))
     assert status(plan(story.reported(0, 14).seen(), NOW))["startTime"] == at(-60)
+
+
+def test_progress_without_a_time_is_taken() -> None:
+    story = Story().begun().pod(**RUNNING)
+    told = {"attempt": 0, "merge": {"shard": 1, "totalShards": 1, "shards": "1/1"}}
+    story.children["ConfigMap", "merged-merge-report"]["data"] = {"progress.json": json.dumps(told)}
+    decided = status(plan(story.seen(), NOW))
+    assert decided["progress"]["shards"] == "1/1"
+    assert decided["startTime"] == at(-60)
+
+
+def test_what_an_earlier_pod_reported_is_emptied_before_the_next_one() -> None:
+    story = failed(Story().begun(), 1).reported(3, 14)
+    story = without(story, "Job", "merged-merge")
+    decided = plan(story.seen(), NOW)
+    assert kinds(decided) == ["Job"]
+    assert [(ref.name, patch) for ref, patch in decided.patch] == [("merged-merge-report", {"data": None})]
 
 
 def test_progress_of_an_earlier_pod_is_passed_over() -> None:
