@@ -35,6 +35,7 @@ class Adapters:
         self._on_change = on_change
         self._config: ServeConfig | None = None
         self._keepers: dict[str, tuple[Keeper, asyncio.Task[None]]] = {}
+        self._ending: set[Keeper] = set()
         self._leaving: dict[asyncio.Task[None], str] = {}
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -78,7 +79,8 @@ class Adapters:
         """Unload what the engine has and nobody here knows: left by an earlier life of this agent."""
         if not self.settled or not self._engine.answers:
             return
-        known = self._held() | set(self._leaving.values()) | {self._engine.base_name}
+        ending = frozenset().union(*(keeper.holds for keeper in self._ending))
+        known = self._held() | ending | set(self._leaving.values()) | {self._engine.base_name}
         for stray in self._engine.names - known:
             log.info("unloading %s, which nobody wants", stray)
             self._start(self._unload(stray), stray)
@@ -98,9 +100,14 @@ class Adapters:
 
     def _end(self, name: str) -> None:
         keeper, task = self._keepers.pop(name)
+        self._ending.add(keeper)
         task.cancel()
         # Only when the keeper stands still is it known what it holds.
-        task.add_done_callback(lambda _: keeper.leave())
+        task.add_done_callback(lambda _: self._ended(keeper))
+
+    def _ended(self, keeper: Keeper) -> None:
+        keeper.leave()
+        self._ending.discard(keeper)
 
     def _retire(self, version: Version) -> None:
         self._start(self._retirement(version), version.engine_name)

@@ -236,6 +236,22 @@ async def test_a_stream_ends_on_the_version_that_it_began_on(bench: Bench) -> No
     await eventually("the old one is gone", lambda: list(bench.engine.adapters) == [exact("swift", new)])
 
 
+async def test_one_removed_stays_until_its_last_stream_has_ended(bench: Bench) -> None:
+    swift = bench.adapter("swift")
+    bench.want(swift=swift)
+    await bench.begin()
+    bench.engine.stream_gate.clear()
+    async with bench.session.post(f"{bench.url}/v1/completions", json={"model": "swift", "stream": True}) as answer:
+        await answer.content.readuntil(b"\n\n")
+        bench.want()
+        await eventually("the name is gone", lambda: _is(bench.ask("swift"), "404"))
+        await asyncio.sleep(0.3)
+        assert exact("swift", swift) in bench.engine.adapters, "unloaded under a running stream"
+        bench.engine.stream_gate.set()
+        assert (await answer.read()).endswith(b"data: [DONE]\n\n")
+    await eventually("it is unloaded", lambda: not bench.engine.adapters)
+
+
 async def test_going_back_to_a_version_still_in_use_keeps_it(bench: Bench) -> None:
     old, new = bench.adapter("swift", seed=1), bench.adapter("swift2", seed=2)
     bench.want(swift=old)
