@@ -78,7 +78,7 @@ class Watch(TrainerCallback):
                 "eta_seconds": None if left is None else round(left),
                 "eta": None if left is None else eta_text(left),
                 "updated_time": now_text(),
-                **values,
+                **{name: _readable(value) for name, value in values.items()},
             }
         )
         if self._group.place.first:
@@ -104,6 +104,11 @@ class Watch(TrainerCallback):
                 "Lower training.learningRate, set training.maxGradNorm, or set model.dtype: float32.",
                 step=step,
             )
+
+
+def _readable(value: float | None) -> float | None:
+    """Five significant digits: what a person reads in a column, and more than a loss is good for."""
+    return value if value is None else float(f"{value:.5g}")
 
 
 def _finite(value: float | None) -> float | None:
