@@ -28,6 +28,7 @@ def scratch(name: str, rows: str | None = None, uri: str | None = None) -> dict[
     """A small job from random weights on the rows given."""
     document = example("base")
     document["metadata"]["name"] = name
+    document["spec"]["method"] = "sft"
     source = {"inline": rows} if rows is not None else {"s3": {"uri": uri}}
     document["spec"]["dataset"]["train"] = [{"from": source}]
     document["spec"]["training"].update({"maxSteps": 4})
