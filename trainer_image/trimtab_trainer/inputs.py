@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Iterable
@@ -54,6 +55,8 @@ class LocalData:
     """How messages name it: the s3 uri, the path, or inline."""
     digest: str | None
     """Identity of its source, when it has one."""
+    whole: bool = True
+    """False when only a beginning was fetched, to look at."""
 
 
 def uses_hub(config: RunConfig) -> bool:
@@ -120,7 +123,8 @@ def fetch_data(source: DataInput, into: Path, pins: Pins, patience: float = 120.
         digest = None
     else:
         root = Path(source.path or "")
-        display = str(root)
+        volume = source.part.from_.volume
+        display = str(root) if volume is None else f"volume://{volume.claim_name}/{volume.path}".rstrip("/")
         files = _data_files(root)
         digest = _digest_files(root, files)
     if not files:
@@ -130,6 +134,28 @@ def fetch_data(source: DataInput, into: Path, pins: Pins, patience: float = 120.
         )
     pins.hold(source.field, display, digest)
     return LocalData(source, files, display, digest)
+
+
+def fetch_beginning(source: DataInput, into: Path, pins: Pins, limit: int, lines: int, patience: float) -> LocalData:
+    """The same for a look: of object storage with more than `limit` bytes, only the first lines of each text file.
+
+    Raises what fetch_data raises.
+    """
+    if source.s3 is None:
+        return fetch_data(source, into, pins, patience)
+    with store.connect(source.s3.connection, patience=patience) as s3:
+        identity = store.identify(s3, source.s3.uri)
+        wanted = [name for name in identity.files if name.endswith((".jsonl", ".ndjson", ".txt"))]
+        if identity.size <= limit or not wanted:
+            return fetch_data(source, into, pins, patience)
+        pins.hold(source.field, source.s3.uri, identity.digest)
+        for name in wanted:
+            uri = source.s3.uri if identity.single else f"{source.s3.uri.rstrip('/')}/{name}"
+            path = into / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w") as stream:
+                stream.writelines(f"{line}\n" for line in itertools.islice(s3.open_lines(uri), lines))
+    return LocalData(source, [into / name for name in wanted], source.s3.uri, identity.digest, whole=False)
 
 
 def _fetch_s3(place: S3Place, into: Path, only: tuple[str, ...], patience: float) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import trimtab_store as store
 from trimtab_api.conditions import Reason
-from trimtab_api.contract import Ending, Exit, ModelInput, RunConfig
+from trimtab_api.contract import DataInput, Ending, Exit, ModelInput, RunConfig
 from trimtab_api.v1alpha1.finetunejob import Scratch
 from trimtab_api.v1alpha1.status import PinnedInput
 from trimtab_trainer import workplace
@@ -35,7 +35,7 @@ from trimtab_trainer.inputs import (
     LocalData,
     LocalModel,
     Pins,
-    fetch_data,
+    fetch_beginning,
     fetch_model,
     uses_hub,
 )
@@ -49,6 +49,10 @@ log = logging.getLogger(__name__)
 
 PATIENCE = 10.0
 """Seconds that a storage may take to answer: a later look is cheaper than a long one."""
+WHOLE_UP_TO = 1 << 30
+"""Largest source in object storage that is looked at as a whole, in bytes."""
+FIRST_LINES = 20_000
+"""Lines of each text file of a larger one."""
 RENDERED_ROWS = 2000
 """Rows that are rendered and, where a tokenizer is at hand, measured."""
 
@@ -60,10 +64,11 @@ def check(config: RunConfig, work: Path) -> Ending:
     """
     open_output(config.output, patience=PATIENCE).probe()
     pins = Pins(config.pins)
-    train = [fetch_data(source, work / f"train-{i}", pins, PATIENCE) for i, source in enumerate(config.train)]
-    held = [fetch_data(source, work / f"held-{i}", pins, PATIENCE) for i, source in enumerate(config.validation)]
+    train = [_data(source, work / f"train-{i}", pins) for i, source in enumerate(config.train)]
+    held = [_data(source, work / f"held-{i}", pins) for i, source in enumerate(config.validation)]
     needs = METHODS[config.spec.method].needs(config)
     collected = collecting.collect(train, held, config.spec.dataset, needs, work / "rows")
+    whole = all(each.whole for each in (*train, *held))
     models = [source for source in (config.model, config.tokenizer) if source is not None]
     local = [_model(source, config, work / f"model-{i}", pins) for i, source in enumerate(models)]
     if config.spec.model.scratch is not None:
@@ -76,11 +81,16 @@ def check(config: RunConfig, work: Path) -> Ending:
     ]
     return Ending(
         reason=Reason.INPUTS_SOUND,
-        message=f"{collected.rows} rows are sound",
+        message=f"{collected.rows} rows are sound"
+        + ("" if whole else "; the rest is checked when the training starts"),
         pins=[*found, *(_pin(each) for each in [*train, *held])],
-        rows=collected.rows,
-        dataset_digest=collected.digest,
+        rows=collected.rows if whole else None,
+        dataset_digest=collected.digest if whole else None,
     )
+
+
+def _data(source: DataInput, into: Path, pins: Pins) -> LocalData:
+    return fetch_beginning(source, into, pins, limit=WHOLE_UP_TO, lines=FIRST_LINES, patience=PATIENCE)
 
 
 def _pin(data: LocalData) -> PinnedInput:

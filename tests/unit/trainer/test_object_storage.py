@@ -14,7 +14,7 @@ from trimtab_api.conditions import Reason
 from trimtab_api.contract import Connection, DataInput, Exit, ModelInput, OutputTarget, RunConfig, S3Place
 from trimtab_store import S3, connect, fetch, read_manifest
 from trimtab_trainer import preflight
-from trimtab_trainer.endings import fault_of
+from trimtab_trainer.endings import Fault, fault_of
 
 Storage = tuple[Connection, S3]
 
@@ -90,6 +90,23 @@ def test_missing_inputs_are_named(storage: Storage, tmp_path: Path, rows: str, r
         preflight.check(_config(storage[0], "job", "pretrain", rows), tmp_path)
     assert fault_of(caught.value).reason is reason
     assert rows in fault_of(caught.value).message
+
+
+def test_of_large_data_the_beginning_is_looked_at(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connection, s3 = storage
+    s3.put_object("s3://trimtab/large/a.jsonl", (chats(count=9) + "{").encode())
+    s3.put_object("s3://trimtab/large/b.parquet", b"not looked at")
+    monkeypatch.setattr(preflight, "WHOLE_UP_TO", 100)
+    monkeypatch.setattr(preflight, "FIRST_LINES", 9)
+    config = _config(connection, "job", "pretrain", "s3://trimtab/large")
+    ending = preflight.check(config, tmp_path / "look")
+    assert (ending.reason, ending.rows, ending.dataset_digest) == (Reason.INPUTS_SOUND, None, None)
+    assert ending.message.startswith("9 rows are sound; the rest")
+    monkeypatch.setattr(preflight, "FIRST_LINES", 10)
+    with pytest.raises(Fault, match="row 10: not JSON"):
+        preflight.check(config, tmp_path / "again")
 
 
 def test_wrong_keys_are_told(storage: Storage, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_a_broken_row_is_named(tmp_path: Path, name: str, content: str | bytes, 
     with pytest.raises(Fault) as caught:
         _collect(path, tmp_path / "into", ANSWERS)
     assert caught.value.reason is Reason.DATA_INVALID
-    assert caught.value.message.startswith(f"dataset.train[0] {path} row {row}: ")
+    assert caught.value.message.startswith(f"dataset.train[0] volume://data row {row}: ")
     assert said in caught.value.message
     assert caught.value.hint
 
