@@ -59,7 +59,7 @@ def main() -> int:
     results.announce(workplace.results_folder(), place.rank)
     try:
         config = RunConfig.model_validate_json(workplace.run_file().read_text())
-        workplace.prepare(workplace.work_root(), hub=uses_hub(config))
+        workplace.prepare(workplace.work_root(), uses_hub(config), config.spec.dataset.workers)
         result = run_rank(config, place, notice, _bar if watched else lambda: cluster_reporter(config))
     except Exception as error:  # noqa: BLE001 - the door: every ending becomes a result
         code, ending = ending_of(error)

@@ -35,7 +35,6 @@ _QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "DO_NOT_TRACK": "1",
-    "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -61,8 +60,13 @@ def results_folder() -> Path:
     return work_root() / "results"
 
 
-def prepare(root: Path, hub: bool) -> None:
-    """Point every library's caches below `root`; keep them off the network unless a source is on the hub."""
+def prepare(root: Path, hub: bool, tokenising: int = 1) -> None:
+    """Point every library's caches below `root`; keep them off the network unless a source is on the hub.
+
+    `tokenising`: how many threads may tokenise.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if tokenising > 1 else "false"
+    os.environ["RAYON_NUM_THREADS"] = str(tokenising)
     for variable, folder in _CACHES.items():
         path = root / folder
         path.mkdir(parents=True, exist_ok=True)

@@ -119,7 +119,7 @@ def test_rows_that_are_all_deleted(start_ranks: StartRanks, tmp_path: Path) -> N
 
 
 def test_checkpoints_are_rotated_and_torn_ones_passed_over(start_ranks: StartRanks, tmp_path: Path) -> None:
-    plan = {"training": training(maxSteps=6), "checkpoint": {"saveSteps": 2, "keep": 2}}
+    plan: dict[str, Any] = {"training": training(maxSteps=6), "checkpoint": {"saveSteps": 2, "keep": 2}}
     assert _run(start_ranks, tmp_path / "out", **plan).exit is Exit.OK
     folder = tmp_path / "out/checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["000000004", "000000006"]

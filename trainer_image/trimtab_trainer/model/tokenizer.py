@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from trimtab_trainer.endings import Fault
 from trimtab_trainer.inputs import TOKENIZER_FILES
 from trimtab_trainer.model.chat import CHATML_TOKENS, END_OF_TEXT, SPECIAL, TURN_BEGINS, TURN_ENDS
 from trimtab_trainer.template import CHATML, ChatTemplate
+
+log = logging.getLogger(__name__)
 
 FILES = TOKENIZER_FILES
 
@@ -79,14 +82,19 @@ def own_template(tokenizer: Any) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def stop_ids(tokenizer: Any, template: ChatTemplate | None, asked: Iterable[str], known: Iterable[int]) -> list[int]:
+def stop_ids(tokenizer: Any, template: ChatTemplate | None, asked: Sequence[str], known: Iterable[int]) -> list[int]:
     """Ids of the tokens that end an answer: end of text, what ends the template's turns, what the spec adds.
 
     Raises Fault(SpecInvalid) for an asked token that is not one token of the vocabulary.
     """
     found = [tokenizer.eos_token_id, *known]
     if template is not None:
-        found.append(_turn_end(tokenizer, template))
+        turn_end = _turn_end(tokenizer, template)
+        found.append(turn_end)
+        if turn_end is None and not asked:
+            log.warning(
+                "the chat template ends an answer with no special token: set template.stopTokens, or it goes on"
+            )
     vocabulary = tokenizer.get_vocab()
     for index, token in enumerate(asked):
         if token not in vocabulary:
