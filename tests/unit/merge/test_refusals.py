@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.unit.merge.conftest import Models
 from trimtab_api.conditions import Reason
-from trimtab_api.contract import Exit, Manifest
+from trimtab_api.contract import Exit, Manifest, ManifestFile
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.merge.__main__ import main
 from trimtab_trainer.merge.job import merge
@@ -141,14 +142,17 @@ def test_refused(case: Case, models: Models, tmp_path: Path) -> None:
 def test_a_base_of_another_digest_is_named(models: Models, tmp_path: Path) -> None:
     base = models.base()
     adapter = models.adapter(base)
-    (base / "manifest.json").write_bytes(Manifest(files=[]).encoded())
+    content = (base / "config.json").read_bytes()
+    file = ManifestFile(path="config.json", size=len(content), sha256=hashlib.sha256(content).hexdigest())
+    manifest = Manifest(files=[file])
+    (base / "manifest.json").write_bytes(manifest.encoded())
     wanted = "sha256:" + "0" * 64
     (adapter / "args.json").write_text(json.dumps({"base": {"uri": "s3://models/other", "digest": wanted}}))
     with pytest.raises(Fault, match="s3://models/other") as caught:
         merge(base, [(adapter, 1.0)], tmp_path / "merged")
     assert caught.value.reason is Reason.BASE_MISMATCH
     assert wanted in caught.value.message
-    assert Manifest(files=[]).digest in caught.value.message
+    assert manifest.digest in caught.value.message
 
 
 def test_a_full_output_is_left_alone(models: Models, tmp_path: Path) -> None:
@@ -193,8 +197,10 @@ def test_headers_that_lie(header: bytes, words: str) -> None:
 
 
 def test_the_command_ends_with_the_table_s_code(
-    models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("trimtab_trainer.workplace.log_to_stderr", lambda: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
     base = models.base()
     adapter = models.adapter(base)
     arguments = ["--base", str(base), "--output", str(tmp_path / "merged"), "--max-shard-size", "30MB"]

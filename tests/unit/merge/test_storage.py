@@ -72,21 +72,21 @@ class Bench:
     def output(self) -> Path:
         return self.server.root / self.name / "run" / "artifact"
 
-    def start(self, config: MergeConfig, **environment: str) -> subprocess.Popen[bytes]:
+    def start(self, config: MergeConfig, *command: str) -> subprocess.Popen[bytes]:
         """The pod's process."""
         self.work.mkdir(exist_ok=True)
         (self.work / "merge.json").write_text(config.model_dump_json(by_alias=True))
-        return subprocess.Popen(
-            [sys.executable, "-m", "trimtab_trainer.merge"],
-            stderr=(self.work / "log").open("ab"),
-            env={
-                **os.environ,
-                "TRIMTAB_MERGE_FILE": str(self.work / "merge.json"),
-                "TRIMTAB_WORK": str(self.work),
-                "TRIMTAB_TERMINATION_LOG": str(self.work / "ending"),
-                **environment,
-            },
-        )
+        environment = {
+            "TRIMTAB_MERGE_FILE": str(self.work / "merge.json"),
+            "TRIMTAB_WORK": str(self.work),
+            "TRIMTAB_TERMINATION_LOG": str(self.work / "ending"),
+        }
+        with (self.work / "log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, *(command or ("-m", "trimtab_trainer.merge"))],
+                stderr=log,
+                env=os.environ | environment,
+            )
 
     def ending(self) -> Ending:
         return Ending.model_validate_json((self.work / "ending").read_text())
@@ -118,7 +118,7 @@ def test_a_pod_publishes_and_says_what(make: Callable[[], Bench], tmp_path: Path
     )
     assert {(pin.uri, pin.digest) for pin in ending.pins} == {
         (bench.base_uri, bench.base_manifest.digest),
-        ("fineTuneJob/harbour", bench.manifest.digest),
+        (bench.adapter_uri, bench.manifest.digest),
     }
     arguments = json.loads((fetched / "args.json").read_text())
     assert arguments["base"] == {"uri": bench.base_uri, "digest": bench.base_manifest.digest}
@@ -277,18 +277,7 @@ sys.exit(main([]))
 
 def _slow(bench: Bench) -> subprocess.Popen[bytes]:
     """A pod that takes half a second for each file."""
-    bench.work.mkdir(exist_ok=True)
-    (bench.work / "merge.json").write_text(bench.config().model_dump_json(by_alias=True))
-    return subprocess.Popen(
-        [sys.executable, "-c", _SLOWLY],
-        stderr=(bench.work / "log").open("ab"),
-        env={
-            **os.environ,
-            "TRIMTAB_MERGE_FILE": str(bench.work / "merge.json"),
-            "TRIMTAB_WORK": str(bench.work),
-            "TRIMTAB_TERMINATION_LOG": str(bench.work / "ending"),
-        },
-    )
+    return bench.start(bench.config(), "-c", _SLOWLY)
 
 
 def _record(bench: Bench) -> dict[str, Any]:
@@ -306,5 +295,5 @@ def test_the_manifest_tells_what_it_was_made_from(make: Callable[[], Bench], tmp
     outcome = run(bench.config(), tmp_path / "work")
     made_by = Manifest.model_validate_json((bench.output / "manifest.json").read_bytes()).made_by
     assert made_by["job"] == {"namespace": "team", "name": "merged", "uid": "1-2-3"}
-    assert made_by["adapters"] == [{"uri": "fineTuneJob/harbour", "digest": bench.manifest.digest, "weight": 1.0}]
+    assert made_by["adapters"] == [{"uri": bench.adapter_uri, "digest": bench.manifest.digest, "weight": 1.0}]
     assert outcome.manifest.digest == Manifest.model_validate_json((bench.output / "manifest.json").read_bytes()).digest

@@ -166,8 +166,8 @@ def _make(
             Reason.MODEL_INVALID, f"{folder.uri} has no config.json", "Point to a folder in the transformers layout."
         )
     architecture = read_architecture(read_small(folder, "config.json"), folder.uri)
-    changes = _changes(architecture, tuned)
     names = Names(architecture, base.tensors)
+    changes = _changes(architecture, tuned)
     planned = plan(architecture, names, base.tensors, changes, order.dtype, order.max_shard_size)
     log.info("%d tensors in %d files, %d of them change", len(base.tensors), len(planned.shards), len(changes))
     config = sidecars.configuration(architecture.document, _name(order.dtype), planned.untied)
