@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 
-import psutil
 import pytest
 
 from demo import ask
-from tests.e2e.workspace import Workspace, eventually
+from tests.e2e.workspace import Workspace, eventually, kill_processes
 
 CHAT = "chat-server"
 
@@ -80,7 +79,7 @@ def test_an_adapter_comes_and_goes_without_a_restart(line: Workspace) -> None:
 
 def test_a_killed_engine_comes_back_with_its_adapters(line: Workspace) -> None:
     line.until_true("modeldeployment", "chat", 120)
-    if not kill_engine():
+    if not kill_processes("chat-server-", "vllm"):
         pytest.skip("the engine runs on another computer")
     eventually(
         lambda: line.condition("modeldeployment", "chat").get("status") != "True" or None,
@@ -104,15 +103,3 @@ def pod_starts(work: Workspace) -> dict[str, list[str]]:
         )
         for pod in pods
     }
-
-
-def kill_engine() -> bool:
-    """SIGKILL every engine of the deployment named chat; False when none runs on this computer."""
-    killed = False
-    for process in psutil.process_iter(["cmdline", "environ"]):
-        command = " ".join(process.info["cmdline"] or [])
-        host = (process.info["environ"] or {}).get("HOSTNAME", "")
-        if "vllm" in command and host.startswith("chat-server-"):
-            process.kill()
-            killed = True
-    return killed

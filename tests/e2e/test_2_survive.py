@@ -10,7 +10,7 @@ import pytest
 
 from demo.cluster import Cluster, lab
 from demo.install import NAMESPACE
-from tests.e2e.workspace import Workspace, eventually, example, workspace_named
+from tests.e2e.workspace import Workspace, eventually, example, kill_processes, workspace_named
 
 STEPS = 300
 
@@ -51,7 +51,8 @@ def test_a_killed_pod_and_a_killed_operator_change_no_weight(
 ) -> None:
     work.apply(job(line, "shaken"))
     work.until_step("shaken", 45, 180)
-    work.kubectl("delete", "pod", "shaken-1-worker-0", "--grace-period=0", "--force")
+    if not kill_processes("shaken-1-worker-0"):
+        pytest.skip("the trainer runs on another computer")
     work.cluster.kubectl("-n", NAMESPACE, "delete", "pod", "--all", "--grace-period=0", "--force")
     done = work.until_true("finetunejob", "shaken", 300)
     attempts = done["status"]["attempts"]

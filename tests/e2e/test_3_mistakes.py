@@ -125,7 +125,7 @@ def test_a_base_of_another_kind_is_refused(work: Workspace, line: Workspace) -> 
             },
         }
     )
-    condition = work.until_reason("mergejob", "mismatch", "BaseMismatch", KNOWABLE)
+    condition = work.until_reason("mergejob", "mismatch", "BaseMismatch", 2 * KNOWABLE)
     assert other["digest"][7:19] in condition["message"] or "base" in condition["message"]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import boto3
+import psutil
 import yaml
 from botocore.config import Config
 
@@ -117,6 +118,18 @@ class Workspace:
         artifact = self.get("finetunejob", name)["status"]["artifact"]
         files = self.manifest(artifact["uri"])["files"]
         return {file["path"]: file["sha256"] for file in files if file["path"].endswith(".safetensors")}
+
+
+def kill_processes(pod: str, program: str = "") -> bool:
+    """SIGKILL what runs in the pods of this name or prefix on this computer; False when there is nothing."""
+    killed = False
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        command = " ".join(process.info["cmdline"] or [])
+        host = (process.info["environ"] or {}).get("HOSTNAME", "")
+        if program in command and host.startswith(pod):
+            process.kill()
+            killed = True
+    return killed
 
 
 def s3(cluster: Cluster) -> Any:
