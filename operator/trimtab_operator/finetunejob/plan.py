@@ -354,7 +354,7 @@ def _refused(seen: Seen) -> Trouble | None:
         found.reason,
         f"{found.message} The master's pod was made and a worker's was not: in a namespace under the restricted Pod "
         "Security profile start training-operator with --pytorch-init-container-template-file, naming a template "
-        "that the profile admits (docs/runbook shows one).",
+        "that the profile admits (docs/restricted-namespaces.md has one).",
     )
 
 
