@@ -109,8 +109,8 @@ def test_leftovers_are_found_without_any_record(tmp_path: Path) -> None:
     forgotten = Process("forgotten", [binary, "60"], tmp_path)
     forgotten.start()
     forgotten.pidfile.unlink()
+    until(lambda: len(leftovers.processes(tmp_path)) == 1)
     found = leftovers.processes(tmp_path)
     process.end(found, grace=1)
     forgotten.stop()
-    assert len(found) == 1
-    assert leftovers.processes(tmp_path) == []
+    until(lambda: leftovers.processes(tmp_path) == [])
