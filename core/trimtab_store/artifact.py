@@ -79,12 +79,7 @@ def write_manifest(s3: S3, uri: str, files: Iterable[ManifestFile], made_by: dic
     listed = sorted(files, key=lambda file: file.path)
     check_paths(uri, (file.path for file in listed))
     _check_in_place(s3, uri, listed)
-    return seal(s3, uri, listed, made_by)
-
-
-def seal(s3: S3, uri: str, files: list[ManifestFile], made_by: dict[str, Any]) -> Manifest:
-    """Write the manifest of files that this process has just seen arrive."""
-    encoded = Manifest(files=files, made_by=made_by).encoded()
+    encoded = Manifest(files=listed, made_by=made_by).encoded()
     # Read back, so that the digest given here is the one that every reader computes.
     manifest = Manifest.model_validate_json(encoded)
     s3.put_object(join(uri, MANIFEST_NAME), manifest.encoded())

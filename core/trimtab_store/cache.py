@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Self
 
@@ -285,4 +285,10 @@ def _without_pickles(uri: str, files: list[Wanted]) -> list[Wanted]:
 
 
 def _folder_size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    size = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            # What another process is fetching gets its final name while it is measured here.
+            with suppress(FileNotFoundError):
+                size += Path(parent, name).stat().st_size
+    return size

@@ -11,7 +11,7 @@ from trimtab_store.patience import Stopped
 
 P = TypeVar("P")
 
-_TURN = 1.0
+TURN = 1.0
 """Seconds after which a waiting thread looks whether the work has been stopped."""
 
 
@@ -78,7 +78,7 @@ class OrderedDigest:
             while self._next != offset:
                 if self._stop.is_set():
                     raise Stopped
-                self._turn.wait(_TURN)
+                self._turn.wait(TURN)
         # Only the holder of the turn comes here, so that hashing needs no lock.
         self._digest.update(data)
         with self._turn:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trimtab_api.contract import MANIFEST_NAME, Manifest, ManifestFile
-from trimtab_store.artifact import check_paths, retract, seal
+from trimtab_store.artifact import check_paths, retract, write_manifest
 from trimtab_store.connection import S3
 from trimtab_store.errors import BOUNDARY, LocalFileFailed, UploadLost, converted, converted_disk
 from trimtab_store.gang import Gang, OrderedDigest
@@ -55,7 +55,7 @@ def publish(
 ) -> Manifest:
     """Make `folder` the artifact at `uri`: retract what was there, upload, write the manifest last."""
     retract(s3, uri)
-    return seal(s3, uri, upload_files(s3, folder, uri, files=files, progress=progress), made_by)
+    return write_manifest(s3, uri, upload_files(s3, folder, uri, files=files, progress=progress), made_by)
 
 
 class _Sending:
