@@ -17,11 +17,11 @@ from trimtab_trainer.endings import Fault
 from trimtab_trainer.merge.places import Folder, read_small, wrong_content
 from trimtab_trainer.merge.tensorfile import PREFIX, TensorInfo, header_length, parse_header
 
-CHUNK = 8 << 20
+CHUNK = 4 << 20
 """Bytes of one request."""
 _AHEAD = 3
 """Requests under way before their bytes are wanted."""
-_KEPT = 6
+_KEPT = 2
 """Chunks of a file that are kept, so that tensors which are wanted together may stand a little apart."""
 _UNHASHED = 8
 """Chunks that wait for an earlier one to be hashed; what comes beyond is read again at the end."""

@@ -43,7 +43,7 @@ from trimtab_trainer.merge.tensorfile import DTYPES
 from trimtab_trainer.merge.units import Plan, plan
 from trimtab_trainer.merge.update import Change
 from trimtab_trainer.merge.verify import Verdict, verify
-from trimtab_trainer.merge.writing import Report, write
+from trimtab_trainer.merge.writing import Report, steady_memory, write
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +139,7 @@ def run(config: MergeConfig, work: Path, report: Report = _silent) -> Outcome:
 
 def execute(order: Order, destination: Destination, work: Path, report: Report) -> Outcome:
     """Merge into a destination. `work` is scratch space for the adapters."""
+    steady_memory()
     tuned = [_fetch(each, work / f"adapter{number}") for number, each in enumerate(order.adapters)]
     source = order.base or base_of(tuned[0].source, tuned[0].folder)
     folder = open_folder(source)
@@ -315,7 +316,7 @@ def _fingerprint(order: Order, pins: Sequence[PinnedInput], tuned: Sequence[_Tun
     """Identity of what is merged and how: equal ones make equal bytes."""
     what = {
         "inputs": [pin.dump() for pin in pins],
-        "weights": [each.weight for each in tuned],
+        "weights": [float(each.weight) for each in tuned],
         "dtype": _name(order.dtype),
         "maxShardSize": order.max_shard_size,
         "check": [order.check, order.tolerance],
@@ -326,7 +327,7 @@ def _fingerprint(order: Order, pins: Sequence[PinnedInput], tuned: Sequence[_Tun
 
 def _made_by(order: Order, pins: Sequence[PinnedInput], fingerprint: str, verdict: Verdict | None) -> dict[str, Any]:
     base, *adapters = [{"uri": pin.uri, **({"digest": pin.digest} if pin.digest else {})} for pin in pins]
-    weighted = [{**each, "weight": source.weight} for each, source in zip(adapters, order.adapters, strict=True)]
+    weighted = [{**each, "weight": float(source.weight)} for each, source in zip(adapters, order.adapters, strict=True)]
     return {
         **(order.made_by or {"kind": "MergeJob"}),
         FINGERPRINT: fingerprint,

@@ -11,7 +11,7 @@ import torch
 from trimtab_api.conditions import Reason
 from trimtab_trainer.endings import Fault
 
-BLOCK = 2 << 20
+BLOCK = 1 << 20
 """Elements of a block: small enough to stay in the processor's caches between the steps."""
 
 Step = Callable[[torch.Tensor, int, int, int], None]

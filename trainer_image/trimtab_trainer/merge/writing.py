@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 from collections import deque
@@ -18,6 +19,8 @@ from trimtab_trainer.merge.units import Piece, Plan, Shard, place
 
 log = logging.getLogger(__name__)
 
+_M_MMAP_THRESHOLD = -3
+"""malloc.h's name for the size from which memory is mapped by itself."""
 _BEHIND = 4
 """Pieces that may wait to be written: they bound the memory."""
 
@@ -30,6 +33,9 @@ def write(plan: Plan, base: Checkpoint, destination: Destination, partial: Parti
 
     Raises what reading, changing and storing raise; what is stored by then is remembered.
     """
+    threads = torch.get_num_threads()
+    # Reading, hashing and writing want cores too, and threads that wait for each other at small blocks burn them.
+    torch.set_num_threads(max(1, threads // 2))
     storage = _Storage(destination, partial, len(plan.shards), report)
     done = {file.path for file in partial.files}
     skipped = {number for number, shard in enumerate(plan.shards) if shard.name in done}
@@ -50,6 +56,17 @@ def write(plan: Plan, base: Checkpoint, destination: Destination, partial: Parti
     finally:
         writer.close()
         storage.close()
+        torch.set_num_threads(threads)
+
+
+def steady_memory() -> None:
+    """Have the C library give large blocks back when they are freed.
+
+    Left to itself glibc raises its threshold and keeps them in one arena for each thread: a quarter of a gigabyte.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 class _Storage:
