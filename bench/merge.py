@@ -1,6 +1,6 @@
 """A merge beside `peft.merge_and_unload` and save: `python -m bench.merge [--json] [--layers N] [--rounds N]`.
 
-Both fold the same LoRA into the same bfloat16 Llama of random weights (2.2 GB by default), from folder to folder, in
+Both fold the same LoRA into the same bfloat16 Llama of random weights (3.2 GB by default), from folder to folder, in
 turns, each as a process of its own; seconds are its wall clock from start to end, memory is its ru_maxrss. The merge
 also makes a sha256 of each byte and a manifest; a third row adds the check of logits, which PEFT does not have.
 """
@@ -126,7 +126,7 @@ def _table(figures: dict[str, Any]) -> str:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of a table")
-    parser.add_argument("--layers", type=int, default=16, help="layers of the model; 16 make 2.2 GB")
+    parser.add_argument("--layers", type=int, default=24, help="layers of the model; 24 make 3.2 GB")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each")
     parser.add_argument("--folder", default=None, help="where to make the model; needs three times its size")
     parser.add_argument("--make", default=None, help=argparse.SUPPRESS)
