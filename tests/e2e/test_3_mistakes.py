@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,11 +44,12 @@ BROKEN = GOOD + "\n" + json.dumps({"messages": [{"role": "user", "content": "and
 
 
 def test_a_missing_object_is_named_and_its_arrival_is_enough(work: Workspace) -> None:
-    work.apply(scratch("absent", uri="s3://trimtab/late/rows.jsonl"))
+    key = f"late/{uuid.uuid4().hex}.jsonl"
+    work.apply(scratch("absent", uri=f"s3://trimtab/{key}"))
     condition = work.until_reason("finetunejob", "absent", "ObjectMissing", KNOWABLE)
-    assert "s3://trimtab/late/rows.jsonl" in condition["message"]
+    assert f"s3://trimtab/{key}" in condition["message"]
     assert not work.find("pytorchjobs", "-l", "trimtab.dev/name=absent")
-    s3(work.cluster).put_object(Bucket="trimtab", Key="late/rows.jsonl", Body=GOOD.encode())
+    s3(work.cluster).put_object(Bucket="trimtab", Key=key, Body=GOOD.encode())
     work.until_true("finetunejob", "absent", 180)
 
 
