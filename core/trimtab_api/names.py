@@ -98,11 +98,6 @@ def labels(kind: str, name: str, uid: str, role: str | None = None, attempt: int
     return derived
 
 
-def selector(**wanted: str) -> str:
-    """A label selector text from label keys given as the upper-case constants' values."""
-    return ",".join(f"{key}={value}" for key, value in sorted(wanted.items()))
-
-
 def pods_of(uid: str) -> str:
     """The selector of every pod that belongs to one of our objects."""
     return f"{OWNER_UID}={uid}"

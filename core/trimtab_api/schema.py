@@ -65,6 +65,19 @@ def rules(*each: Rule, **extra: Any) -> dict[str, Any]:
     return {RULES_KEY: [rule.document() for rule in each], **extra}
 
 
+def fixed_once_started(field: str) -> Rule:
+    """A rule on an object's root: this field of spec does not change once status has a start time."""
+    same = (
+        f"(has(self.spec.{field}) == has(oldSelf.spec.{field}) && "
+        f"(!has(self.spec.{field}) || self.spec.{field} == oldSelf.spec.{field}))"
+    )
+    return Rule(
+        f"!(has(oldSelf.status) && has(oldSelf.status.startTime)) || {same}",
+        "may not change once the job has started: delete the job, or apply it under another name",
+        field_path=f".spec.{field}",
+    )
+
+
 def list_map(*keys: str) -> dict[str, Any]:
     """json_schema_extra of a list whose items are told apart by these required keys."""
     return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": list(keys)}

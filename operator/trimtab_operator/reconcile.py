@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
 
-from trimtab_operator.kube import Kube, KubeError, NameConflict, Refused, Unavailable
+from trimtab_operator.kube import Kube, KubeError, NameConflict, Refused
 from trimtab_operator.metrics import EVENTS_DROPPED
 from trimtab_operator.plan import Event, Key, Object, Plan
 
@@ -49,10 +49,10 @@ async def reconcile(kind: Kind[Any], key: Key, kube: Kube) -> float | None:
             await kube.apply(made)
     except (NameConflict, Refused) as error:
         reason = "NameConflict" if isinstance(error, NameConflict) else "PodsRefused"
-        await write(kube, resource, kind.hindered(seen, now, reason, str(error)), now)
+        await write(kube, resource, kind.hindered(seen, now, reason, str(error)))
         raise
     if plan.status is not None:
-        await write(kube, resource, plan.status, now)
+        await write(kube, resource, plan.status)
     for pod in plan.release:
         await kube.release(pod)
     for ref, patch in plan.patch:
@@ -64,7 +64,7 @@ async def reconcile(kind: Kind[Any], key: Key, kube: Kube) -> float | None:
     return plan.requeue_after
 
 
-async def write(kube: Kube, resource: Object, status: Mapping[str, Any], now: datetime) -> None:
+async def write(kube: Kube, resource: Object, status: Mapping[str, Any]) -> None:
     """Write the status if it says anything new."""
     if dict(status) != (resource.get("status") or {}):
         await kube.write_status(resource, status)
@@ -76,6 +76,6 @@ async def emit(kube: Kube, resource: Object, event: Event, now: datetime) -> Non
     name = f"{resource['metadata']['name']}.{hashlib.sha256(said.encode()).hexdigest()[:16]}"
     try:
         await kube.emit(resource, event, now.strftime("%Y-%m-%dT%H:%M:%SZ"), name)
-    except (Unavailable, KubeError) as error:
+    except KubeError as error:
         EVENTS_DROPPED.inc()
         log.warning("event %s not written: %s", event.reason, error)

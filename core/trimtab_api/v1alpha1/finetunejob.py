@@ -6,7 +6,18 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from trimtab_api.schema import LIST_ATOMIC, Column, Model, ObjectMeta, OneOf, Resource, Rule, list_map, rules
+from trimtab_api.schema import (
+    LIST_ATOMIC,
+    Column,
+    Model,
+    ObjectMeta,
+    OneOf,
+    Resource,
+    Rule,
+    fixed_once_started,
+    list_map,
+    rules,
+)
 from trimtab_api.v1alpha1.pod import Pod
 from trimtab_api.v1alpha1.source import DataSource, Digest, ModelSource, S3Uri, Storage
 from trimtab_api.v1alpha1.status import Artifact, Condition, Message, PinnedInput, Time
@@ -324,22 +335,6 @@ class Retries(Model):
     """Attempts after a preemption or a drained node; they do not count against limit."""
 
 
-_STARTED = "has(oldSelf.status) && has(oldSelf.status.startTime)"
-
-
-def _fixed(field: str) -> Rule:
-    """A rule on the object's root: this field of spec does not change once the job has started."""
-    same = (
-        f"(has(self.spec.{field}) == has(oldSelf.spec.{field}) && "
-        f"(!has(self.spec.{field}) || self.spec.{field} == oldSelf.spec.{field}))"
-    )
-    return Rule(
-        f"!({_STARTED}) || {same}",
-        "may not change once the job has started: delete the job, or apply it under another name",
-        field_path=f".spec.{field}",
-    )
-
-
 class FineTuneJobSpec(Model):
     """What to tune, on what, and how. method, model and dataset are enough for a sensible run."""
 
@@ -538,7 +533,7 @@ class FineTuneJob(Model):
         extra="ignore",
         json_schema_extra=rules(
             *(
-                _fixed(field)
+                fixed_once_started(field)
                 for field in (
                     "method", "model", "dataset", "template", "tuner", "training", "checkpoint", "distributed",
                     "output", "storage", "pod", "retries", "activeDeadlineSeconds", "hangTimeoutSeconds",

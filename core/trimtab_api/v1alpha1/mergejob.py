@@ -6,7 +6,17 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from trimtab_api.schema import LIST_ATOMIC, Column, Model, ObjectMeta, Resource, Rule, list_map, rules
+from trimtab_api.schema import (
+    LIST_ATOMIC,
+    Column,
+    Model,
+    ObjectMeta,
+    Resource,
+    Rule,
+    fixed_once_started,
+    list_map,
+    rules,
+)
 from trimtab_api.v1alpha1.finetunejob import Attempt, Output
 from trimtab_api.v1alpha1.pod import Pod
 from trimtab_api.v1alpha1.source import ModelSource, Storage
@@ -38,21 +48,6 @@ class Verification(Model):
     """Compare the logits of base and adapter with those of the merged model before publishing."""
     tolerance: Annotated[float | None, Field(gt=0, le=10)] = None
     """Largest difference of logits that is accepted; by default what the dtype's rounding explains."""
-
-
-_FIXED = "has(oldSelf.status) && has(oldSelf.status.startTime)"
-
-
-def _fixed(field: str) -> Rule:
-    same = (
-        f"(has(self.spec.{field}) == has(oldSelf.spec.{field}) && "
-        f"(!has(self.spec.{field}) || self.spec.{field} == oldSelf.spec.{field}))"
-    )
-    return Rule(
-        f"!({_FIXED}) || {same}",
-        "may not change once the job has started: delete the job, or apply it under another name",
-        field_path=f".spec.{field}",
-    )
 
 
 class MergeJobSpec(Model):
@@ -158,7 +153,7 @@ class MergeJob(Model):
         extra="ignore",
         json_schema_extra=rules(
             *(
-                _fixed(field)
+                fixed_once_started(field)
                 for field in (
                     "adapters", "base", "dtype", "maxShardSize", "verify", "output", "storage", "pod", "retries",
                     "activeDeadlineSeconds",

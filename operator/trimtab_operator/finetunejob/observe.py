@@ -24,7 +24,7 @@ PATIENCE_SECONDS = 4
 async def observe(kube: Kube, key: Key, settings: Settings) -> tuple[Object, Seen] | None:
     """Read the job and what its state makes worth reading. None when it is gone; its pods are let go then."""
     raw = await kube.get(key.kind, key.namespace, key.name)
-    selector = names.selector(**{names.OWNER_KIND: key.kind, names.OWNER_NAME: key.name})
+    selector = names.pods_of_name(key.kind, key.name)
     if raw is None:
         for pod in await kube.list("Pod", key.namespace, labels=selector):
             await kube.release(pod)

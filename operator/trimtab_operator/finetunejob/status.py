@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -168,8 +167,3 @@ def complete(progress: Progress | None) -> Progress | None:
             "eta": "",
         }
     )
-
-
-def names_of(items: Sequence[Any]) -> str:
-    """Names of objects for a message."""
-    return ", ".join(sorted(item["metadata"]["name"] for item in items))
