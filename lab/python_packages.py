@@ -28,7 +28,7 @@ def requirement(name: str) -> str:
 def pip() -> list[str | Path]:
     """Return how to call pip: this interpreter's own, or that of a small environment when it has none.
 
-    An environment that uv made, such as the one in which the demo runs, holds no pip; a newcomer's first start is in one.
+    An environment that uv made, such as the one in which the demo runs, holds none; a first start is in one.
 
     Raises:
         LabError: Python's venv module is not there; the message says what to install.

@@ -16,8 +16,10 @@ from pydantic import Field
 
 from trimtab_api.conditions import Reason
 from trimtab_api.schema import Model
-from trimtab_api.v1alpha1.finetunejob import DataPart, FineTuneJobSpec, Progress, ResolvedFineTune
+from trimtab_api.v1alpha1.dataset import DataPart
+from trimtab_api.v1alpha1.finetunejob import FineTuneJobSpec
 from trimtab_api.v1alpha1.mergejob import MergeJobSpec, MergeProgress
+from trimtab_api.v1alpha1.progress import Progress, ResolvedFineTune
 from trimtab_api.v1alpha1.source import Digest, HubData, HubModel
 from trimtab_api.v1alpha1.status import Artifact, PinnedInput
 
@@ -183,6 +185,8 @@ class RunConfig(Model):
     """The model to start from; None for one from scratch."""
     tokenizer: ModelInput | None = None
     """The tokenizer of a scratch model that takes one."""
+    further: list[ModelInput] = Field(default_factory=list, max_length=16)
+    """The models beside the one that is tuned, told apart by their field; see inputs.further()."""
     train: list[DataInput]
     """Rows to learn from."""
     validation: list[DataInput] = Field(default_factory=list)

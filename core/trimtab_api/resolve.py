@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
-from trimtab_api.v1alpha1.finetunejob import FineTuneJobSpec, ResolvedFineTune, Scratch
+from trimtab_api.v1alpha1.finetunejob import FineTuneJobSpec
+from trimtab_api.v1alpha1.model import Scratch
+from trimtab_api.v1alpha1.progress import ResolvedFineTune
 
 GLOBAL_BATCH = 16
 """Smallest global batch that the default accumulation reaches, in rows (ms-swift's default)."""

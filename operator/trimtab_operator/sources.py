@@ -21,9 +21,9 @@ from trimtab_api.contract import (
     run_prefix,
 )
 from trimtab_api.v1alpha1 import FineTuneJob, MergeJob
-from trimtab_api.v1alpha1.finetunejob import Output
+from trimtab_api.v1alpha1.output import Output
 from trimtab_api.v1alpha1.source import ModelSource, Storage, VolumeSource
-from trimtab_api.v1alpha1.status import Artifact
+from trimtab_api.v1alpha1.status import Artifact, ArtifactKind
 
 Producer = FineTuneJob | MergeJob
 """A resource that makes an artifact."""
@@ -100,7 +100,7 @@ def volume_reference(source: VolumeSource) -> str:
 def model_input(
     field: str,
     source: ModelSource,
-    wanted: Literal["adapter", "model"],
+    wanted: tuple[ArtifactKind, ...],
     producers: Producers,
     storage: Storage | None,
     default: Storage | None,
@@ -137,7 +137,7 @@ def output_connection(producer: Producer, default: Storage | None) -> Connection
 
 
 def artifact_of(
-    field: str, reference: Reference, wanted: Literal["adapter", "model"], producer: Producer | None
+    field: str, reference: Reference, wanted: tuple[ArtifactKind, ...], producer: Producer | None
 ) -> Artifact | Unmet:
     """What a job made, or why there is nothing to take."""
     if producer is None:
@@ -154,13 +154,13 @@ def artifact_of(
                 "Mend that job and apply it again under its name; this resource goes on by itself.",
             )
         return Unmet(Reason.WAITING, f"{field} waits for {reference} ({state.reason if state else 'not begun'}).")
-    if status.artifact.kind != wanted:
+    if status.artifact.kind not in wanted:
         return Unmet(
             Reason.MODEL_INVALID,
-            f"{field} names {reference}, which made a {status.artifact.kind} where a {wanted} is needed. "
+            f"{field} names {reference}, which made a {status.artifact.kind} where a {' or '.join(wanted)} is needed. "
             + (
                 "Name a job of full tuning, or fold the adapter into its base with a MergeJob and name that."
-                if wanted == "model"
+                if "model" in wanted
                 else "Name a FineTuneJob with tuner.type lora."
             ),
         )

@@ -14,8 +14,8 @@ SAVES_IN_A_RUN = 10
 """Checkpoints in a run that says nothing of it."""
 
 
-class Arguments(SFTConfig):
-    """SFTConfig whose CPU has no number.
+class UnnumberedCpu:
+    """Mixed into a library's arguments, before them in the order of bases: their CPU has no number then.
 
     transformers restores an optimiser to `args.device`; torch writes tensors of "cpu" and cannot place them on "cpu:0".
     """
@@ -23,8 +23,12 @@ class Arguments(SFTConfig):
     @property
     def device(self) -> Any:
         """Where this process computes."""
-        found = super().device
-        return torch.device("cpu") if found.type == "cpu" else found
+        base: Any = super()
+        return torch.device("cpu") if base.device.type == "cpu" else base.device
+
+
+class Arguments(UnnumberedCpu, SFTConfig):
+    """SFTConfig for runs on any device."""
 
 
 def precision(config: RunConfig) -> str:
@@ -41,11 +45,21 @@ def weight_dtype(config: RunConfig) -> Any:
 
 
 def arguments(config: RunConfig, folder: Path, validated: bool) -> Arguments:
-    """The trainer's arguments for this run. `validated`: there are validation rows."""
+    """The arguments of next-token prediction. `validated`: there are validation rows."""
+    return Arguments(
+        **common(config, folder, validated), dataset_kwargs={"skip_prepare_dataset": True}, max_length=None
+    )
+
+
+def common(config: RunConfig, folder: Path, validated: bool) -> dict[str, Any]:
+    """The arguments that every trainer takes, as keywords of transformers.TrainingArguments.
+
+    `validated`: there are validation rows. A class made of them must have UnnumberedCpu mixed in.
+    """
     spec, training = config.spec, config.spec.training
     arithmetic = precision(config)
     save_steps: float = spec.checkpoint.save_steps or 1 / SAVES_IN_A_RUN
-    return Arguments(
+    return dict(
         output_dir=str(folder),
         per_device_train_batch_size=training.per_device_batch_size,
         per_device_eval_batch_size=training.per_device_batch_size,
@@ -77,8 +91,6 @@ def arguments(config: RunConfig, folder: Path, validated: bool) -> Arguments:
         ddp_timeout=spec.distributed.timeout_seconds,
         ddp_find_unused_parameters=False,
         save_on_each_node=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trimtab_api import inputs
 from trimtab_api.conditions import Reason
 from trimtab_api.contract import (
     Connection,
@@ -32,7 +33,8 @@ from trimtab_api.contract import (
     S3Place,
 )
 from trimtab_api.resolve import resolve
-from trimtab_api.v1alpha1.finetunejob import DataPart, FineTuneJobSpec
+from trimtab_api.v1alpha1.dataset import DataPart
+from trimtab_api.v1alpha1.finetunejob import FineTuneJobSpec
 from trimtab_api.v1alpha1.source import ModelSource, Storage, VolumeSource
 from trimtab_trainer import preflight, workplace, yamlfile
 from trimtab_trainer.endings import Fault, ending_of
@@ -121,16 +123,15 @@ def run_config(name: str, spec: FineTuneJobSpec, output: Path, elsewhere: Elsewh
 
     Raises Fault(SpecInvalid) when a claim or job has no place.
     """
-    tokenizer = spec.model.scratch.tokenizer.from_ if spec.model.scratch is not None else None
+    models = {each.field: elsewhere.model(each.field, each.source, spec.storage) for each in inputs.named(spec)}
     return RunConfig(
         job=JobIdentity(namespace="local", name=name, uid="local"),
         attempt=1,
         spec=spec,
         resolved=resolve(spec, output_uri=str(output)),
-        model=None if spec.model.from_ is None else elsewhere.model("model.from", spec.model.from_, spec.storage),
-        tokenizer=None
-        if tokenizer is None
-        else elsewhere.model("model.scratch.tokenizer.from", tokenizer, spec.storage),
+        model=models.pop(inputs.MODEL, None),
+        tokenizer=models.pop(inputs.TOKENIZER, None),
+        further=list(models.values()),
         train=[elsewhere.data(f"dataset.train[{i}]", each, spec.storage) for i, each in enumerate(spec.dataset.train)],
         validation=[
             elsewhere.data(f"dataset.validation[{i}]", each, spec.storage)

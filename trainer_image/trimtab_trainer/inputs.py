@@ -61,7 +61,7 @@ class LocalData:
 
 def uses_hub(config: RunConfig) -> bool:
     """Whether a source is on the Hugging Face hub, so that the network must be asked."""
-    models = [model.hugging_face for model in (config.model, config.tokenizer) if model is not None]
+    models = [model.hugging_face for model in (config.model, config.tokenizer, *config.further) if model]
     data = [source.hugging_face for source in (*config.train, *config.validation)]
     return any(place is not None for place in (*models, *data))
 

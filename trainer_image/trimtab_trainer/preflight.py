@@ -21,7 +21,7 @@ from pathlib import Path
 import trimtab_store as store
 from trimtab_api.conditions import Reason
 from trimtab_api.contract import DataInput, Ending, Exit, ModelInput, RunConfig
-from trimtab_api.v1alpha1.finetunejob import Scratch
+from trimtab_api.v1alpha1.model import Scratch
 from trimtab_api.v1alpha1.status import PinnedInput
 from trimtab_trainer import workplace
 from trimtab_trainer.data import collecting
@@ -69,7 +69,7 @@ def check(config: RunConfig, work: Path) -> Ending:
     needs = METHODS[config.spec.method].needs(config)
     collected = collecting.collect(train, held, config.spec.dataset, needs, work / "rows")
     whole = all(each.whole for each in (*train, *held))
-    models = [source for source in (config.model, config.tokenizer) if source is not None]
+    models = [source for source in (config.model, config.tokenizer, *config.further) if source]
     local = [_model(source, config, work / f"model-{i}", pins) for i, source in enumerate(models)]
     if config.spec.model.scratch is not None:
         _scratch(config.spec.model.scratch)
@@ -98,7 +98,7 @@ def _pin(data: LocalData) -> PinnedInput:
 
 
 def _model(source: ModelInput, config: RunConfig, into: Path, pins: Pins) -> LocalModel:
-    whole = source is config.model
+    whole = source is not config.tokenizer
     if whole and source.s3 is not None:
         _weights(source, config)
     local = fetch_model(source, into, pins, only=SMALL_MODEL_FILES if whole else TOKENIZER_FILES, patience=PATIENCE)

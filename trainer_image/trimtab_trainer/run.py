@@ -5,20 +5,21 @@ from __future__ import annotations
 import logging
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from trimtab_api.conditions import Reason
 from trimtab_api.contract import Ending, RunConfig
 from trimtab_trainer import checkpoint, publish, report
-from trimtab_trainer.arguments import arguments, precision, weight_dtype
+from trimtab_trainer.arguments import precision, weight_dtype
 from trimtab_trainer.data import collecting, sequences
 from trimtab_trainer.data.collecting import Collected, rows_of
 from trimtab_trainer.distributed import Group, once, once_per_pod
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.inputs import LocalModel, Pins, fetch_data, fetch_model
 from trimtab_trainer.methods import METHODS, Method
-from trimtab_trainer.methods.causal import Collator
+from trimtab_trainer.methods.parts import Parts
 from trimtab_trainer.model import adapter, loading, scratch, tokenizer
 from trimtab_trainer.movement import Movement
 from trimtab_trainer.notice import Notice
@@ -44,6 +45,8 @@ class Prepared:
     train: Path
     validation: Path | None
     sequences_digest: str
+    further: dict[str, LocalModel]
+    """The models beside the tuned one, by field."""
 
 
 class Run:
@@ -104,12 +107,12 @@ class Run:
         template = self._template(loaded, needed=collected.conversations)
         stops = tokenizer.stop_ids(loaded, template, config.spec.template.stop_tokens, _known_stops(folder))
         render = None if template is None else template.renderer()
-        shaping = self.method.shaping(config)
 
         def tokenise() -> str:
-            count = sequences.write(collected.train, loaded, render, shaping, work / "train.arrow")
+            count = sequences.write(collected.train, self.method.encoder(config, loaded, render), work / "train.arrow")
             if collected.validation is not None:
-                sequences.write(collected.validation, loaded, render, shaping, work / "validation.arrow")
+                encoder = self.method.encoder(config, loaded, render)
+                sequences.write(collected.validation, encoder, work / "validation.arrow")
             log.info("%d sequences of %d tokens, %d of them learnt", count.sequences, count.tokens, count.learnt)
             return count.digest
 
@@ -125,7 +128,14 @@ class Run:
             train=work / "train.arrow",
             validation=None if collected.validation is None else work / "validation.arrow",
             sequences_digest=f"sha256:{digest}",
+            further=self._further(work / "further", pins),
         )
+
+    def _further(self, into: Path, pins: Pins) -> dict[str, LocalModel]:
+        found = {}
+        for number, source in enumerate(self.config.further):
+            found[source.field] = once_per_pod(self.group, partial(fetch_model, source, into / str(number), pins))
+        return found
 
     def _collect(self, into: Path, pins: Pins) -> Collected:
         config = self.config
@@ -194,13 +204,19 @@ class Run:
         stop = StopTogether(self.notice, self.group)
         validation = None if prepared.validation is None else Dataset.from_file(str(prepared.validation))
         trainer = self.method.trainer(
-            model=model,
-            args=arguments(self.config, work / "checkpoints", validated=validation is not None),
-            data_collator=Collator(prepared.tokenizer.pad_token_id),
-            train_dataset=Dataset.from_file(str(prepared.train)),
-            eval_dataset=validation,
-            processing_class=prepared.tokenizer,
-            callbacks=[stop, keeper, watch],
+            Parts(
+                config=self.config,
+                group=self.group,
+                model=model,
+                tokenizer=prepared.tokenizer,
+                template=prepared.template,
+                stops=prepared.stops,
+                train=Dataset.from_file(str(prepared.train)),
+                validation=validation,
+                folder=work / "checkpoints",
+                callbacks=[stop, keeper, watch],
+                further=prepared.further,
+            )
         )
         trainer.remove_callback(PrinterCallback)
         keeper.trainer = watch.trainer = trainer

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from trimtab_api.conditions import Reason
 from trimtab_api.contract import ProgressReport
-from trimtab_api.v1alpha1.finetunejob import Progress
+from trimtab_api.v1alpha1.progress import Progress
 from trimtab_trainer.checkpoint import Keeper
 from trimtab_trainer.distributed import Group
 from trimtab_trainer.endings import Fault

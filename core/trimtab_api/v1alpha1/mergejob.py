@@ -17,8 +17,9 @@ from trimtab_api.schema import (
     list_map,
     rules,
 )
-from trimtab_api.v1alpha1.finetunejob import Attempt, Output
+from trimtab_api.v1alpha1.output import Output
 from trimtab_api.v1alpha1.pod import Pod
+from trimtab_api.v1alpha1.progress import Attempt
 from trimtab_api.v1alpha1.source import ModelSource, Storage
 from trimtab_api.v1alpha1.status import Artifact, Condition, Message, PinnedInput, Time
 

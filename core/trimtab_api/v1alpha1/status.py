@@ -44,6 +44,10 @@ class BaseReference(Model):
     """Identity of the base, when it has a manifest."""
 
 
+ArtifactKind = Literal["adapter", "model"]
+"""What a job makes."""
+
+
 class Artifact(Model):
     """What a job made: a prefix in object storage with a manifest, told by its digest."""
 
@@ -51,7 +55,7 @@ class Artifact(Model):
     """s3://BUCKET/PREFIX of the artifact."""
     digest: Digest
     """sha256 over its manifest.json."""
-    kind: Literal["adapter", "model"]
+    kind: ArtifactKind
     """Whether it is an adapter on a base or a whole model."""
     base: BaseReference | None = None
     """What the adapter belongs to; absent for a whole model."""

@@ -9,9 +9,8 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import Any
 
-from trimtab_api import names
+from trimtab_api import inputs, names
 from trimtab_api.contract import (
     METRICS_PORT,
     RUN_FILE,
@@ -26,7 +25,8 @@ from trimtab_api.contract import (
 )
 from trimtab_api.resolve import resolve
 from trimtab_api.v1alpha1 import FineTuneJob
-from trimtab_api.v1alpha1.finetunejob import DataPart, ResolvedFineTune
+from trimtab_api.v1alpha1.dataset import DataPart
+from trimtab_api.v1alpha1.progress import ResolvedFineTune
 from trimtab_api.v1alpha1.status import PinnedInput
 from trimtab_operator import pods, sources
 from trimtab_operator.pods import Object
@@ -58,28 +58,22 @@ def run_config(
 ) -> RunConfig | Unmet:
     """Everything that the pods need to know, or why it cannot be told yet."""
     output = output_place(job, settings)
-    model = job.spec.model
-    source = _pinned(pins, job, settings, _model("model.from", job, settings, producers, model.from_))
-    tokenizer = _model(
-        "model.scratch.tokenizer.from",
-        job,
-        settings,
-        producers,
-        model.scratch.tokenizer.from_ if model.scratch else None,
-    )
-    for unmet in (output, source, tokenizer):
-        if isinstance(unmet, Unmet):
-            return unmet
-    assert isinstance(output, S3Place)
-    assert not isinstance(source, Unmet)
-    assert not isinstance(tokenizer, Unmet)
+    if isinstance(output, Unmet):
+        return output
+    models: dict[str, ModelInput] = {}
+    for named in inputs.named(job.spec):
+        found = _pinned(pins, job, settings, _model(named, job, settings, producers), named.field)
+        if isinstance(found, Unmet):
+            return found
+        models[named.field] = found
     return RunConfig(
         job=identity(job),
         attempt=attempt,
         spec=job.spec,
         resolved=resolved(job, image, output.uri),
-        model=source,
-        tokenizer=tokenizer,
+        model=models.pop(inputs.MODEL, None),
+        tokenizer=models.pop(inputs.TOKENIZER, None),
+        further=list(models.values()),
         train=[_data(f"dataset.train[{n}]", part, job, settings) for n, part in enumerate(job.spec.dataset.train)],
         validation=[
             _data(f"dataset.validation[{n}]", part, job, settings) for n, part in enumerate(job.spec.dataset.validation)
@@ -109,20 +103,16 @@ def output_place(job: FineTuneJob, settings: Settings) -> S3Place | Unmet:
     return sources.output_place(spec.output, spec.storage, settings.storage, settings.output, identity(job))
 
 
-def _model(
-    field: str, job: FineTuneJob, settings: Settings, producers: Producers, source: Any
-) -> ModelInput | Unmet | None:
-    if source is None:
-        return None
-    return sources.model_input(field, source, "model", producers, job.spec.storage, settings.storage)
+def _model(named: inputs.Named, job: FineTuneJob, settings: Settings, producers: Producers) -> ModelInput | Unmet:
+    return sources.model_input(named.field, named.source, named.kinds, producers, job.spec.storage, settings.storage)
 
 
 def _pinned(
-    pins: Sequence[PinnedInput], job: FineTuneJob, settings: Settings, found: ModelInput | Unmet | None
-) -> ModelInput | Unmet | None:
+    pins: Sequence[PinnedInput], job: FineTuneJob, settings: Settings, found: ModelInput | Unmet, field: str
+) -> ModelInput | Unmet:
     """What the first attempt took stays, though the job that made it may have been deleted or run again since."""
-    pin = next((pin for pin in pins if pin.field == "model.from" and pin.uri.startswith("s3://")), None)
-    if pin is None or found is None:
+    pin = next((pin for pin in pins if pin.field == field and pin.uri.startswith("s3://")), None)
+    if pin is None:
         return found
     if isinstance(found, Unmet):
         reached = sources.connection(job.spec.storage, settings.storage)
@@ -146,7 +136,7 @@ def _data(field: str, part: DataPart, job: FineTuneJob, settings: Settings) -> D
 
 def places(config: RunConfig) -> list[pods.Place]:
     """Everything that the pods open."""
-    opened: list[pods.Place] = [place for place in (config.model, config.tokenizer) if place is not None]
+    opened: list[pods.Place] = [place for place in (config.model, config.tokenizer, *config.further) if place]
     output = [config.output.s3] if config.output.s3 is not None else []
     return [*opened, *config.train, *config.validation, *output]
 

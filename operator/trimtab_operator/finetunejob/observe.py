@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from trimtab_api import names
+from trimtab_api import inputs, names
 from trimtab_api.contract import PROGRESS_KEY, ProgressReport
 from trimtab_api.v1alpha1 import FineTuneJob
 from trimtab_operator import lookup, trouble
@@ -69,9 +69,7 @@ def _is_of(pod: Object, job: FineTuneJob, attempt: int | None, role: str = "trai
 
 def references(job: FineTuneJob) -> list[Reference]:
     """The resources that the job waits for."""
-    model = job.spec.model
-    tokenizer = model.scratch.tokenizer.from_ if model.scratch else None
-    return [found for source in (model.from_, tokenizer) if source and (found := referenced(source))]
+    return [found for each in inputs.named(job.spec) if (found := referenced(each.source))]
 
 
 def _report(config_map: Object | None, job: FineTuneJob, attempt: int) -> ProgressReport | None:

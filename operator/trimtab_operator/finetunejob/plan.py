@@ -12,7 +12,7 @@ from typing import Any
 from trimtab_api import names
 from trimtab_api.conditions import INPUTS_SOUND, SUSPENDED, Reason
 from trimtab_api.contract import RunConfig
-from trimtab_api.v1alpha1.finetunejob import Attempt, FineTuneJobStatus
+from trimtab_api.v1alpha1.progress import Attempt, FineTuneJobStatus
 from trimtab_api.v1alpha1.status import Condition
 from trimtab_operator import trouble
 from trimtab_operator.finetunejob import build, gang, status

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from trimtab_api.contract import ProgressReport
 from trimtab_api.v1alpha1 import FineTuneJob
-from trimtab_api.v1alpha1.finetunejob import Attempt
+from trimtab_api.v1alpha1.progress import Attempt
 from trimtab_operator.plan import Object
 from trimtab_operator.settings import Settings
 from trimtab_operator.sources import Producers

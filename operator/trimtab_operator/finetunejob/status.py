@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from trimtab_api.conditions import INPUTS_SOUND, RUNBOOK, SUCCEEDED, SUSPENDED, Reason
 from trimtab_api.contract import ProgressReport
 from trimtab_api.v1alpha1 import FineTuneJob
-from trimtab_api.v1alpha1.finetunejob import Attempt, CheckpointRecord, FineTuneJobStatus, Progress
+from trimtab_api.v1alpha1.progress import Attempt, CheckpointRecord, FineTuneJobStatus, Progress
 from trimtab_api.v1alpha1.status import MESSAGE_LIMIT, Condition
 from trimtab_operator import trouble
 

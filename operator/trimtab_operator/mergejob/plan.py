@@ -28,8 +28,8 @@ from trimtab_api.contract import (
     run_prefix,
 )
 from trimtab_api.v1alpha1 import MergeJob
-from trimtab_api.v1alpha1.finetunejob import Attempt
 from trimtab_api.v1alpha1.mergejob import MergeJobStatus, MergeProgress, ResolvedMerge
+from trimtab_api.v1alpha1.progress import Attempt
 from trimtab_api.v1alpha1.status import MESSAGE_LIMIT, Artifact, PinnedInput
 from trimtab_operator import trouble
 from trimtab_operator.mergejob import build
@@ -183,7 +183,7 @@ def configure(seen: Seen) -> MergeConfig | Unmet:
     adapters = []
     for index, adapter in enumerate(spec.adapters):
         name = f"adapters[{index}].from"
-        source = model_input(name, adapter.from_, "adapter", seen.producers, spec.storage, default)
+        source = model_input(name, adapter.from_, ("adapter",), seen.producers, spec.storage, default)
         if isinstance(source, Unmet):
             return source
         adapters.append(MergeAdapterInput(source=source, weight=adapter.weight))
@@ -194,7 +194,7 @@ def configure(seen: Seen) -> MergeConfig | Unmet:
     }
     base = base_of(trained, seen.producers, default)
     if spec.base is not None and not isinstance(base, Unmet):
-        base = model_input("base", spec.base, "model", seen.producers, spec.storage, default)
+        base = model_input("base", spec.base, ("model",), seen.producers, spec.storage, default)
     if isinstance(base, Unmet):
         return base
     root = spec.output.uri or seen.settings.output

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from trimtab_api.conditions import SUCCEEDED, Reason
 from trimtab_api.v1alpha1 import MergeJob
-from trimtab_api.v1alpha1.finetunejob import Attempt
 from trimtab_api.v1alpha1.mergejob import MergeJobStatus
+from trimtab_api.v1alpha1.progress import Attempt
 from trimtab_api.v1alpha1.status import MESSAGE_LIMIT, Condition
 
 State = Literal["True", "False", "Unknown"]

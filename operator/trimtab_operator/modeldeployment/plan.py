@@ -19,9 +19,9 @@ from trimtab_api import names
 from trimtab_api.conditions import READY, Reason
 from trimtab_api.contract import SERVE_KEY, AgentReport, ModelInput, ServeAdapter, ServeConfig, ServeModel
 from trimtab_api.v1alpha1 import FineTuneJob, ModelDeployment
-from trimtab_api.v1alpha1.finetunejob import Lora
 from trimtab_api.v1alpha1.modeldeployment import LoraRank, ModelDeploymentStatus, ResolvedServing, ServedAdapter
 from trimtab_api.v1alpha1.source import ModelSource
+from trimtab_api.v1alpha1.tuner import Lora
 from trimtab_operator.modeldeployment import build
 from trimtab_operator.modeldeployment.build import Serving
 from trimtab_operator.modeldeployment.status import Fleet, Replica, Wanted, Word, fold, is_ready, trouble_of
@@ -152,7 +152,7 @@ def _base(seen: Seen, before: ServeConfig | None) -> tuple[ServeModel | None, Wo
             "Give spec.model.name or the adapter another name."
         )
         return (before.model if before else None), Word(Reason.SPEC_INVALID, words), None
-    found = model_input("model.from", spec.model.from_, "model", seen.producers, spec.storage, seen.settings.storage)
+    found = model_input("model.from", spec.model.from_, ("model",), seen.producers, spec.storage, seen.settings.storage)
     if isinstance(found, ModelInput):
         return ServeModel(name=name, source=found), None, None
     word = Word(found.reason, found.message)
@@ -167,7 +167,7 @@ def _adapter(seen: Seen, adapter: ServedAdapter, before: ServeConfig | None) -> 
     """Where an adapter is, or was when its job is being run again; and why there is no newer one."""
     spec = seen.deployment.spec
     field_name = f"adapters[{adapter.name}].from"
-    found = model_input(field_name, adapter.from_, "adapter", seen.producers, spec.storage, seen.settings.storage)
+    found = model_input(field_name, adapter.from_, ("adapter",), seen.producers, spec.storage, seen.settings.storage)
     if not isinstance(found, Unmet):
         return found, None
     kept = next((each.source for each in (before.adapters if before else []) if each.name == adapter.name), None)

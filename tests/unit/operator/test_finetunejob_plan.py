@@ -24,7 +24,7 @@ from tests.unit.operator.makers import (
     terminated,
 )
 from trimtab_api.contract import Ending, ProgressReport
-from trimtab_api.v1alpha1.finetunejob import FineTuneJobStatus, Progress
+from trimtab_api.v1alpha1.progress import FineTuneJobStatus, Progress
 from trimtab_api.v1alpha1.status import PinnedInput
 from trimtab_operator.finetunejob.plan import plan
 from trimtab_operator.plan import Plan

@@ -78,8 +78,8 @@ def test_what_stands_for_the_cluster_is_asked_for(job: Path, tmp_path: Path, cap
         (("kind: FineTuneJob", "kind: Pod"), "has 0 objects of kind FineTuneJob"),
         (("maxSteps: 4", "maxStep: 4"), "spec.training.maxStep"),
         (("learningRate: 2e-3", "learningRate: 7"), "spec.training.learningRate"),
-        (("hiddenSize: 32", "hiddenSize: 34"), "spec.model.scratch: hiddenSize must be a multiple"),
-        (("  training:", "  tuner: {type: lora}\n  training:"), "spec.tuner: must be full"),
+        (("hiddenSize: 32", "hiddenSize: 34"), "spec.model.scratch.hiddenSize: must be a multiple"),
+        (("  training:", "  tuner: {type: lora}\n  training:"), "spec.tuner.type: must be full"),
         (("method: pretrain", "method: [pretrain"), "not YAML"),
     ],
 )

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from tests.unit.trainer.conftest import free_port, wait_for
 from trimtab_api.conditions import Reason
 from trimtab_api.contract import ProgressReport
-from trimtab_api.v1alpha1.finetunejob import Progress
+from trimtab_api.v1alpha1.progress import Progress
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.progress import ConfigMapReporter, MetricsReporter, Several, eta_text
 

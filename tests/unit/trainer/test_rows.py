@@ -11,7 +11,7 @@ import pytest
 from tests.unit.trainer.conftest import conversation, lines
 from trimtab_api.conditions import Reason
 from trimtab_api.contract import DataInput
-from trimtab_api.v1alpha1.finetunejob import DataPart, Dataset
+from trimtab_api.v1alpha1.dataset import DataPart, Dataset
 from trimtab_trainer.data import collecting
 from trimtab_trainer.data.collecting import Collected, Needs, rows_of
 from trimtab_trainer.endings import Fault

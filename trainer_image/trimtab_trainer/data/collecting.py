@@ -9,17 +9,20 @@ import array
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trimtab_api.conditions import Reason
-from trimtab_api.v1alpha1.finetunejob import DataPart, Dataset
+from trimtab_api.v1alpha1.dataset import DataPart, Dataset
 from trimtab_trainer.data.reading import broken, read
 from trimtab_trainer.data.rows import Format, Row, detect, standard
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.inputs import LocalData
+
+Complete = Callable[[Mapping[str, Any], Row, str, int], Row]
+"""From the raw columns and the standard row (with source and row number, for messages) to the method's row."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Needs:
     """A conversation must end with the assistant's answer."""
     text_allowed: bool
     """Plain text will do."""
+    complete: Complete | None = None
+    """What else a row must have: adds the method's own columns to a standard row. None: nothing."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,8 @@ def standard_rows(local: LocalData, needs: Needs) -> Iterator[Row]:
                     f"{where} row {number}: plain text has no answers to learn",
                     "Use method pretrain, set dataset.loss: all, or give conversations.",
                 )
-            yield standard(renamed, form, needs.answer, where, number)
+            row = standard(renamed, form, needs.answer, where, number)
+            yield row if needs.complete is None else needs.complete(renamed, row, where, number)
 
 
 def collect(

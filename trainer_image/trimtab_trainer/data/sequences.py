@@ -7,9 +7,10 @@ import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from trimtab_api.conditions import Reason
+from trimtab_api.contract import RunConfig
 from trimtab_trainer.data.collecting import rows_of
 from trimtab_trainer.data.masks import Loss, Render, learnt, render_row
 from trimtab_trainer.data.rows import Row
@@ -37,6 +38,12 @@ class Shaping:
     ends_document: bool
     """Append the end-of-text token, as pretraining separates documents."""
 
+    @classmethod
+    def of(cls, config: RunConfig, ends_document: bool) -> Shaping:
+        """As the spec asks."""
+        resolved = config.resolved
+        return cls(resolved.loss, resolved.truncation, config.spec.dataset.max_length, ends_document)
+
 
 @dataclass
 class Count:
@@ -55,26 +62,67 @@ class Count:
     """Over all sequences: every pod must have the same."""
 
 
-def write(rows: Path, tokenizer: Any, render: Render | None, shaping: Shaping, into: Path) -> Count:
-    """Tokenise a collected file into the Arrow file `into`; returns what became of the rows.
+class Encoder(Protocol):
+    """How a method's rows become records of token ids."""
 
-    Raises Fault(DataEmpty) when nothing is left, Fault(DataInvalid) when nothing of it would be learnt.
+    columns: tuple[str, ...]
+    """Columns of a record, each a list of whole numbers."""
+
+    def encode(self, rows: list[Row]) -> Iterator[dict[str, list[int]]]:
+        """The records of some rows."""
+        ...
+
+    def conclude(self) -> Count:
+        """What became of all rows.
+
+        Raises Fault(DataEmpty) when nothing is left, Fault(DataInvalid) when nothing of it would be learnt.
+        """
+        ...
+
+
+def write(rows: Path, encoder: Encoder, into: Path) -> Count:
+    """Encode a collected file into the Arrow file `into`; returns what became of the rows.
+
+    Raises what the encoder raises.
     """
     import pyarrow
 
-    schema = pyarrow.schema([("input_ids", pyarrow.list_(pyarrow.int32())), ("labels", pyarrow.list_(pyarrow.int32()))])
-    count, digest = Count(), hashlib.sha256()
+    schema = pyarrow.schema([(name, pyarrow.list_(pyarrow.int32())) for name in encoder.columns])
+    digest = hashlib.sha256()
     with pyarrow.OSFile(str(into), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
         for batch in _batches(rows_of(rows), BATCH):
-            shaped = list(_sequences(batch, tokenizer, render, shaping, count))
-            if shaped:
-                table = {"input_ids": [ids for ids, _ in shaped], "labels": [labels for _, labels in shaped]}
-                record = pyarrow.RecordBatch.from_pydict(table, schema=schema)
-                writer.write_batch(record)
-                digest.update(repr(shaped).encode())
+            table: dict[str, list[list[int]]] = {name: [] for name in encoder.columns}
+            for record in encoder.encode(batch):
+                digest.update(repr([record[name] for name in encoder.columns]).encode())
+                for name in encoder.columns:
+                    table[name].append(record[name])
+            if table[encoder.columns[0]]:
+                writer.write_batch(pyarrow.RecordBatch.from_pydict(table, schema=schema))
+    count = encoder.conclude()
     count.digest = digest.hexdigest()
-    _judge(count, shaping)
     return count
+
+
+class Language:
+    """Text and conversations as input_ids with labels."""
+
+    columns: tuple[str, ...] = ("input_ids", "labels")
+
+    def __init__(self, tokenizer: Any, render: Render | None, shaping: Shaping):
+        self._tokenizer = tokenizer
+        self._render = render
+        self._shaping = shaping
+        self._count = Count()
+
+    def encode(self, rows: list[Row]) -> Iterator[dict[str, list[int]]]:
+        """See Encoder."""
+        for ids, labels in _sequences(rows, self._tokenizer, self._render, self._shaping, self._count):
+            yield {"input_ids": ids, "labels": labels}
+
+    def conclude(self) -> Count:
+        """See Encoder."""
+        _judge(self._count, self._shaping)
+        return self._count
 
 
 def _judge(count: Count, shaping: Shaping) -> None:

@@ -6,23 +6,25 @@ from typing import Any, Protocol
 
 from trimtab_api.contract import RunConfig
 from trimtab_trainer.data.collecting import Needs
-from trimtab_trainer.data.sequences import Shaping
+from trimtab_trainer.data.masks import Render
+from trimtab_trainer.data.sequences import Encoder
 from trimtab_trainer.methods import pretrain, sft
+from trimtab_trainer.methods.parts import Parts
 
 
 class Method(Protocol):
-    """What is special about a method."""
+    """What is special about a method; each is a room of its own in this folder."""
 
     def needs(self, config: RunConfig) -> Needs:
         """What it asks of rows."""
         ...
 
-    def shaping(self, config: RunConfig) -> Shaping:
-        """How its rows become sequences."""
+    def encoder(self, config: RunConfig, tokenizer: Any, render: Render | None) -> Encoder:
+        """How its rows become records of token ids. Without torch: the preflight uses it as well."""
         ...
 
-    def trainer(self, **parts: Any) -> Any:
-        """The trainer that learns from the sequences; parts are the keyword arguments of transformers.Trainer."""
+    def trainer(self, parts: Parts) -> Any:
+        """The trainer that learns from the records: a transformers.Trainer with methods.observed.Observed mixed in."""
         ...
 
 

@@ -6,16 +6,16 @@ collectives and three waits for the device in each forward pass. The loss is the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from trl.trainer.sft_trainer import SFTTrainer
 
-from trimtab_api.conditions import Reason
+from trimtab_trainer.arguments import arguments
 from trimtab_trainer.data.sequences import IGNORED
-from trimtab_trainer.endings import Fault
+from trimtab_trainer.methods.observed import Observed
+from trimtab_trainer.methods.parts import Parts
 
 
 class Collator:
@@ -40,13 +40,8 @@ class Collator:
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-class CausalTrainer(SFTTrainer):
-    """SFTTrainer without its metrics, with a count of tokens, and with a first loss that must be finite."""
-
-    def __init__(self, **parts: Any):
-        super().__init__(**parts)
-        self.tokens_seen = torch.zeros((), dtype=torch.int64, device=self.args.device)
-        self._first_loss_seen = False
+class CausalTrainer(Observed, SFTTrainer):
+    """SFTTrainer without its metrics."""
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -63,23 +58,15 @@ class CausalTrainer(SFTTrainer):
             loss = loss * self.accelerator.num_processes
         return loss
 
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """One forward and backward pass.
 
-        Raises Fault(AssertionFailed) when the first loss of the process is not finite.
-        """
-        self.tokens_seen += inputs["attention_mask"].sum().to(self.tokens_seen.device)
-        base: Any = super()
-        loss: torch.Tensor = base.training_step(model, inputs, num_items_in_batch)
-        if not self._first_loss_seen:
-            self._first_loss_seen = True
-            if not math.isfinite(loss.item()):
-                raise Fault(
-                    Reason.ASSERTION_FAILED,
-                    f"the first loss is {loss.item()}",
-                    "Lower training.learningRate, or set model.dtype: float32.",
-                )
-        return loss
-
-    def create_model_card(self, *_args: Any, **_kwargs: Any) -> None:
-        """No model card: args.json tells what was done."""
+def causal(parts: Parts) -> CausalTrainer:
+    """The trainer of next-token prediction."""
+    return CausalTrainer(
+        model=parts.model,
+        args=arguments(parts.config, parts.folder, validated=parts.validation is not None),
+        data_collator=Collator(parts.tokenizer.pad_token_id),
+        train_dataset=parts.train,
+        eval_dataset=parts.validation,
+        processing_class=parts.tokenizer,
+        callbacks=parts.callbacks,
+    )

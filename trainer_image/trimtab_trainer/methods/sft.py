@@ -6,7 +6,9 @@ from typing import Any
 
 from trimtab_api.contract import RunConfig
 from trimtab_trainer.data.collecting import Needs
-from trimtab_trainer.data.sequences import Shaping
+from trimtab_trainer.data.masks import Render
+from trimtab_trainer.data.sequences import Encoder, Language, Shaping
+from trimtab_trainer.methods.parts import Parts
 
 
 class Sft:
@@ -16,16 +18,15 @@ class Sft:
         """Conversations that end with an answer; plain text only when every token is learnt."""
         return Needs(answer=True, text_allowed=config.resolved.loss == "all")
 
-    def shaping(self, config: RunConfig) -> Shaping:
+    def encoder(self, config: RunConfig, tokenizer: Any, render: Render | None) -> Encoder:
         """Conversations stay whole unless the spec cuts them."""
-        resolved = config.resolved
-        return Shaping(resolved.loss, resolved.truncation, config.spec.dataset.max_length, ends_document=False)
+        return Language(tokenizer, render, Shaping.of(config, ends_document=False))
 
-    def trainer(self, **parts: Any) -> Any:
+    def trainer(self, parts: Parts) -> Any:
         """Next-token prediction on the tokens that the masks leave."""
-        from trimtab_trainer.methods.causal import CausalTrainer
+        from trimtab_trainer.methods.causal import causal
 
-        return CausalTrainer(**parts)
+        return causal(parts)
 
 
 METHOD = Sft()

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from trimtab_api.conditions import Reason
-from trimtab_api.v1alpha1.finetunejob import FineTuneJobSpec, Lora
+from trimtab_api.v1alpha1.finetunejob import FineTuneJobSpec
+from trimtab_api.v1alpha1.tuner import Lora
 from trimtab_trainer.endings import Fault
 
 

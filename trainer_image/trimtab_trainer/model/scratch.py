@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from trimtab_api.conditions import Reason
-from trimtab_api.v1alpha1.finetunejob import Scratch
+from trimtab_api.v1alpha1.model import Scratch
 from trimtab_trainer.endings import Fault
 
 FIELD = "model.scratch"

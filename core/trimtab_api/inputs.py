@@ -1,0 +1,39 @@
+"""Every model that a FineTuneJob names, by field: one list for whoever waits for them and whoever opens them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from trimtab_api.v1alpha1.finetunejob import FineTuneJobSpec
+from trimtab_api.v1alpha1.source import ModelSource
+from trimtab_api.v1alpha1.status import ArtifactKind
+
+MODEL = "model.from"
+TOKENIZER = "model.scratch.tokenizer.from"
+
+
+@dataclass(frozen=True)
+class Named:
+    """A model that a field names."""
+
+    field: str
+    """Path of the field below spec."""
+    source: ModelSource
+    """Where it is."""
+    kinds: tuple[ArtifactKind, ...] = ("model",)
+    """What may lie there."""
+
+
+def named(spec: FineTuneJobSpec) -> Iterator[Named]:
+    """The model, the tokenizer of one from scratch, and the further ones."""
+    if spec.model.from_ is not None:
+        yield Named(MODEL, spec.model.from_)
+    if spec.model.scratch is not None and spec.model.scratch.tokenizer.from_ is not None:
+        yield Named(TOKENIZER, spec.model.scratch.tokenizer.from_)
+    yield from further(spec)
+
+
+def further(spec: FineTuneJobSpec) -> Iterator[Named]:
+    """The models beside the one that is tuned: references, teachers, rewards."""
+    yield from ()

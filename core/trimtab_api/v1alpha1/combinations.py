@@ -1,0 +1,40 @@
+"""Which fields of a FineTuneJob cannot go together: one table, applied by the API server and by runs without one.
+
+A row says what must hold of `spec`, the field that the user reads about, and the way out. Every row runs at create and
+update alike, so each must hold for whatever an older version of it accepted.
+"""
+
+from __future__ import annotations
+
+from trimtab_api.schema import Rule
+
+SCRATCH = (
+    Rule(
+        "!has(self.model.scratch) || !has(self.tuner.type) || self.tuner.type != 'lora'",
+        "must be full, or left out: random weights have no base to adapt",
+        field_path=".tuner.type",
+    ),
+    Rule(
+        "!has(self.model.scratch) || !has(self.tuner.lora)",
+        "remove it: random weights have no base to adapt",
+        field_path=".tuner.lora",
+    ),
+    Rule(
+        "!has(self.model.scratch) || self.dataset.maxLength <= self.model.scratch.maxLength",
+        "must not exceed model.scratch.maxLength, the longest sequence that the model is made for",
+        field_path=".dataset.maxLength",
+    ),
+)
+"""A model from random weights."""
+
+DATA = (
+    Rule(
+        "self.method == 'pretrain' || !has(self.dataset.truncation) || self.dataset.truncation != 'split'",
+        "split cuts answers from their questions: only pretrain takes it, choose delete, left or right",
+        field_path=".dataset.truncation",
+    ),
+)
+"""Rows and methods."""
+
+COMBINATIONS = (*SCRATCH, *DATA)
+"""All rows, in the order in which they are told."""

@@ -1,0 +1,80 @@
+"""The rows, how they become sequences of tokens, and how a conversation becomes text."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+from trimtab_api.schema import (
+    LIST_ATOMIC,
+    Model,
+    Rule,
+    rules,
+)
+from trimtab_api.v1alpha1.source import DataSource
+
+
+class DataPart(Model):
+    """One source of rows."""
+
+    from_: Annotated[DataSource, Field(alias="from")]
+    """Where the rows are."""
+    format: Literal["auto", "messages", "queryResponse", "text"] = "auto"
+    """How a row is written. auto tells by the columns of the first row."""
+    columns: Annotated[dict[str, Annotated[str, Field(min_length=1, max_length=128)]], Field(max_length=32)] = Field(
+        default_factory=dict
+    )
+    """Columns to rename before the format is read: from the name in the file to the standard name."""
+    sample: Annotated[int | None, Field(ge=1, le=1_000_000_000)] = None
+    """Take this many rows, drawn with the data seed; more than there are repeats them."""
+
+
+DataParts = Annotated[list[DataPart], Field(max_length=32, json_schema_extra=LIST_ATOMIC)]
+
+
+class Dataset(Model):
+    """The rows, and how they become sequences of tokens."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            Rule(
+                "!has(self.validationSplit) || !has(self.validation) || self.validation.size() == 0",
+                "leave it out when validation is given: the rows come from one of them",
+                field_path=".validationSplit",
+            )
+        )
+    )
+
+    train: Annotated[list[DataPart], Field(min_length=1, max_length=32, json_schema_extra=LIST_ATOMIC)]
+    """Rows to learn from, all parts together."""
+    validation: DataParts = Field(default_factory=list)
+    """Rows to evaluate on."""
+    validation_split: Annotated[float | None, Field(gt=0, le=0.5)] = None
+    """Fraction of the training rows that is set aside for evaluation."""
+    max_length: Annotated[int, Field(ge=8, le=1_048_576)] = 2048
+    """Longest sequence, in tokens."""
+    truncation: Literal["auto", "delete", "left", "right", "split"] = "auto"
+    """What becomes of a longer row: dropped and counted (delete), cut at one end, or cut into several (split, pretrain only). auto is split for pretrain, else delete."""
+    loss: Literal["auto", "all", "assistant", "lastTurn"] = "auto"
+    """Tokens that are learnt: every one, the assistant's answers, or the last answer. auto is all for pretrain, else assistant."""
+    shuffle: bool = True
+    """Shuffle the rows, anew each epoch."""
+    seed: Annotated[int, Field(ge=0, le=2_147_483_647)] = 42
+    """Seed of sampling, splitting and shuffling."""
+    workers: Annotated[int, Field(ge=1, le=64)] = 1
+    """Processes that tokenise."""
+
+
+class Template(Model):
+    """How a conversation becomes text. What is decided here is baked into the artifact."""
+
+    chat_template: Annotated[str | None, Field(min_length=1, max_length=65536)] = None
+    """Jinja chat template to use in place of the model's own."""
+    system: Annotated[str | None, Field(max_length=16384)] = None
+    """System prompt of conversations that bring none."""
+    stop_tokens: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=64)]],
+        Field(max_length=8, json_schema_extra=LIST_ATOMIC),
+    ] = Field(default_factory=list)
+    """Further tokens that end an answer; each must be one token of the vocabulary."""

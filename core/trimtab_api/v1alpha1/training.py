@@ -1,0 +1,102 @@
+"""The optimisation, its checkpoints, and the processes that it is spread over."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+from trimtab_api.schema import (
+    Model,
+    Rule,
+    rules,
+)
+
+LearningRate = Annotated[float, Field(gt=0, le=1)]
+
+
+class Scheduler(Model):
+    """How the learning rate moves."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            Rule(
+                "!has(self.minLearningRate) || self.type == 'cosine'",
+                "leave it out, or set type: cosine: the other shapes have no floor",
+                field_path=".minLearningRate",
+            )
+        )
+    )
+
+    type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up."""
+    warmup: Annotated[float, Field(ge=0, le=1_000_000)] = 0.05
+    """Rise from zero: below 1 a fraction of all steps, else a number of steps."""
+    min_learning_rate: Annotated[float | None, Field(ge=0, le=1)] = None
+    """Floor of the cosine."""
+
+
+class Training(Model):
+    """The optimisation."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            Rule(
+                "!has(self.learningRate) || !has(self.scheduler.minLearningRate) || "
+                "self.scheduler.minLearningRate <= self.learningRate",
+                "must not exceed learningRate: it is the floor that the rate falls to",
+                field_path=".scheduler.minLearningRate",
+            )
+        )
+    )
+
+    epochs: Annotated[float, Field(gt=0, le=10000)] = 1
+    """Passes over the rows; maxSteps wins when it is given."""
+    max_steps: Annotated[int | None, Field(ge=1, le=100_000_000)] = None
+    """Optimiser steps in all."""
+    per_device_batch_size: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Rows in one forward pass of one process."""
+    gradient_accumulation_steps: Annotated[int | None, Field(ge=1, le=65536)] = None
+    """Forward passes to one optimiser step. By default enough for a global batch of at least 16 rows."""
+    learning_rate: LearningRate | None = None
+    """Peak learning rate. By default 1e-4 for LoRA, 1e-5 for full tuning, and 1e-3 falling to 3e-4 with size for a model from scratch."""
+    scheduler: Scheduler = Field(default_factory=Scheduler)
+    """How the learning rate moves."""
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.1
+    """AdamW's decay."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's decay of the first moment."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """AdamW's decay of the second moment."""
+    max_grad_norm: Annotated[float, Field(ge=0, le=1000)] = 1
+    """Gradients are scaled down to this norm; 0 leaves them."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    seed: Annotated[int, Field(ge=0, le=2_147_483_647)] = 42
+    """Seed of weights, dropout and order."""
+    logging_steps: Annotated[int, Field(ge=1, le=100_000)] = 5
+    """Steps between two reports of loss."""
+    eval_steps: Annotated[int | None, Field(ge=1, le=100_000_000)] = None
+    """Steps between two evaluations, when there are validation rows. By default as often as a checkpoint is made."""
+
+
+class Checkpoint(Model):
+    """What is kept so that a run can go on."""
+
+    save_steps: Annotated[int | None, Field(ge=1, le=100_000_000)] = None
+    """Steps between two checkpoints. By default a tenth of the run."""
+    keep: Annotated[int, Field(ge=1, le=100)] = 2
+    """Complete checkpoints that stay in storage."""
+
+
+class Distributed(Model):
+    """Over how many processes the rows are spread."""
+
+    nodes: Annotated[int, Field(ge=1, le=999)] = 1
+    """Pods."""
+    processes_per_node: Annotated[int | None, Field(ge=1, le=64)] = None
+    """Processes in each pod. By default the number of nvidia.com/gpu in pod.resources.limits, or 1."""
+    strategy: Literal["ddp"] = "ddp"
+    """ddp: each process holds the whole model, gradients are averaged."""
+    timeout_seconds: Annotated[int, Field(ge=30, le=86400)] = 1800
+    """How long a collective operation may wait for the other processes, in seconds."""

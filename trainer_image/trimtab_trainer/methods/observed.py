@@ -1,0 +1,51 @@
+"""What every trainer here does beside its loss: it counts tokens, and it stops at a first loss that is no number."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from trimtab_api.conditions import Reason
+from trimtab_trainer.endings import Fault
+
+
+class Observed:
+    """Mixed into a transformers.Trainer, before it in the order of bases."""
+
+    def __init__(self, **parts: Any):
+        super().__init__(**parts)
+        trainer: Any = self
+        self.tokens_seen = torch.zeros((), dtype=torch.int64, device=trainer.args.device)
+        """Tokens that this process has learnt from or been given; padding left out."""
+        self._first_loss_seen = False
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """One forward and backward pass.
+
+        Raises Fault(AssertionFailed) when the first loss of the process is not finite.
+        """
+        self.count(inputs)
+        base: Any = super()
+        loss: torch.Tensor = base.training_step(model, inputs, num_items_in_batch)
+        if not self._first_loss_seen:
+            self._first_loss_seen = True
+            if not math.isfinite(loss.item()):
+                raise Fault(
+                    Reason.ASSERTION_FAILED,
+                    f"the first loss is {loss.item()}",
+                    "Lower training.learningRate, or set model.dtype: float32.",
+                )
+        return loss
+
+    def count(self, inputs: Any) -> None:
+        """Count the tokens of a batch by its attention masks."""
+        if not isinstance(inputs, dict):
+            return
+        for name, mask in inputs.items():
+            if name.endswith("attention_mask"):
+                self.tokens_seen += mask.sum().to(self.tokens_seen.device)
+
+    def create_model_card(self, *_args: Any, **_kwargs: Any) -> None:
+        """No model card: args.json tells what was done."""

@@ -1,0 +1,55 @@
+"""The API server's own rules, for runs that never meet an API server: the same CEL text, evaluated here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import cel
+from pydantic import BaseModel
+
+from trimtab_api.schema import RULES_KEY
+
+
+def broken(spec: BaseModel) -> Iterator[tuple[str, str]]:
+    """Path below `spec` and sentence of each rule that does not hold, outermost first.
+
+    Rules that compare with an object's former state (`oldSelf`) are passed over: here nothing was before.
+    """
+    yield from _walk(spec, "")
+
+
+def _walk(node: Any, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(node, BaseModel):
+        extra = type(node).model_config.get("json_schema_extra")
+        yield from _judge(extra, node.model_dump(mode="json", by_alias=True, exclude_none=True), path)
+        for name, field in type(node).model_fields.items():
+            value = getattr(node, name)
+            if value is None:
+                continue
+            inner = f"{path}.{field.alias or name}"
+            yield from _judge(field.json_schema_extra, value, inner)
+            yield from _walk(value, inner)
+    elif isinstance(node, list):
+        for index, each in enumerate(node):
+            yield from _walk(each, f"{path}[{index}]")
+
+
+def _judge(extra: Any, value: Any, path: str) -> Iterator[tuple[str, str]]:
+    if not isinstance(extra, dict):
+        return
+    for rule in extra.get(RULES_KEY, []):
+        if "oldSelf" in rule["rule"]:
+            continue
+        if not _program(rule["rule"]).execute(cel.Context({"self": value}, _EXTENSIONS)):
+            yield f"{path}{rule.get('fieldPath', '')}".removeprefix("."), rule["message"]
+
+
+_EXTENSIONS = {"split": lambda text, separator: text.split(separator)}
+"""What Kubernetes adds to the language, as far as our rules use it."""
+
+
+@lru_cache(maxsize=512)
+def _program(text: str) -> Any:
+    return cel.compile(text)
