@@ -32,6 +32,8 @@ TOKENIZER_FILES = (
 SMALL_MODEL_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json", "adapter_config.json", "args.json")
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 MODEL_FILES = (*WEIGHT_FILES, *SMALL_MODEL_FILES)
+ADAPTER_CONFIG = "adapter_config.json"
+"""The file that tells an adapter from a whole model."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class LocalModel:
     """Logical reference, never a path of this pod."""
     digest: str | None
     """Identity of its source, when it has one."""
+    base: LocalModel | None = None
+    """What an adapter was trained on, when it was fetched with it; see merge.lineage.fetch_with_base."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from trimtab_trainer.data.collecting import Collected, rows_of
 from trimtab_trainer.distributed import Group, once, once_per_pod
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.inputs import LocalModel, Pins, fetch_data, fetch_model
+from trimtab_trainer.merge.lineage import fetch_with_base
 from trimtab_trainer.methods import METHODS, Method
 from trimtab_trainer.methods.parts import Parts
 from trimtab_trainer.model import adapter, loading, scratch, tokenizer
@@ -134,7 +135,7 @@ class Run:
     def _further(self, into: Path, pins: Pins) -> dict[str, LocalModel]:
         found = {}
         for number, source in enumerate(self.config.further):
-            found[source.field] = once_per_pod(self.group, partial(fetch_model, source, into / str(number), pins))
+            found[source.field] = once_per_pod(self.group, partial(fetch_with_base, source, into / str(number), pins))
         return found
 
     def _collect(self, into: Path, pins: Pins) -> Collected:

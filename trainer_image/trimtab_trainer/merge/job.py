@@ -21,9 +21,7 @@ from trimtab_api.contract import (
     MergeAdapterInput,
     MergeConfig,
     ModelInput,
-    S3Place,
 )
-from trimtab_api.v1alpha1.source import HubModel
 from trimtab_api.v1alpha1.status import PinnedInput
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.inputs import MODEL_FILES, Pins, fetch_model
@@ -38,6 +36,7 @@ from trimtab_trainer.merge.destination import (
     Partial,
     S3Destination,
 )
+from trimtab_trainer.merge.lineage import base_of, recorded_base
 from trimtab_trainer.merge.places import Folder, LocalFolder, open_folder, read_small
 from trimtab_trainer.merge.tensorfile import DTYPES
 from trimtab_trainer.merge.units import Plan, plan
@@ -233,36 +232,6 @@ def _companions(folder: Folder, tuned: Sequence[_Tuned], planned: Plan, config: 
     return files
 
 
-def base_of(adapter: ModelInput, folder: Folder) -> ModelInput:
-    """The base that an adapter was trained on, reached through the adapter's own connection.
-
-    Raises Fault(ModelInvalid) when the adapter does not say, or says something that cannot be read from here.
-    """
-    uri, digest = recorded_base(folder)
-    where = f"the base of {adapter.field}"
-    if uri is not None and uri.startswith("s3://") and adapter.s3 is not None:
-        place = S3Place(uri=uri, connection=adapter.s3.connection, digest=digest)
-        return ModelInput(field=where, reference=uri, s3=place)
-    if uri is not None and uri.startswith("hf://"):
-        repo, _, revision = uri.removeprefix("hf://").partition("@")
-        return ModelInput(field=where, reference=uri, hugging_face=HubModel(repo=repo, revision=revision or "main"))
-    if uri is not None and Path(uri).is_dir():
-        return ModelInput(field=where, reference=uri, path=uri)
-    problem = f"{adapter.field} {adapter.reference} names no base that can be read from here ({uri or 'none'})"
-    raise Fault(Reason.MODEL_INVALID, problem, "Set base.")
-
-
-def recorded_base(folder: Folder) -> tuple[str | None, str | None]:
-    """Reference and digest of the base as manifest, args.json or adapter_config.json tell it, the first that does."""
-    for name, path in (("manifest.json", ("madeBy", "base")), ("args.json", ("base",)), ("args.json", ("model",))):
-        found: Any = _document(folder, name)
-        for key in path:
-            found = found.get(key) if isinstance(found, dict) else None
-        if isinstance(found, dict) and (found.get("uri") or found.get("reference")):
-            return str(found.get("uri") or found.get("reference")), found.get("digest")
-    return _document(folder, "adapter_config.json").get("base_model_name_or_path"), None
-
-
 def parse_size(text: str) -> int:
     """Bytes of a text such as 500MB or 4GB. Raises Fault(SpecInvalid)."""
     number, unit = text[:-2], text[-2:]
@@ -349,15 +318,6 @@ def _name(dtype: torch.dtype | None) -> str | None:
 
 def _local(field: str, path: Path) -> ModelInput:
     return ModelInput(field=field, reference=str(path), path=str(path))
-
-
-def _document(folder: Folder, name: str) -> dict[str, Any]:
-    if name not in folder.sizes:
-        return {}
-    content = bytearray(folder.sizes[name])
-    folder.read_into(name, 0, memoryview(content))
-    found = json.loads(bytes(content))
-    return found if isinstance(found, dict) else {}
 
 
 assert set(_DTYPES.values()) <= set(DTYPES.values())
