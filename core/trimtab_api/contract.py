@@ -218,7 +218,9 @@ class MergeConfig(Model):
     base: ModelInput | None = None
     """The base; None reads it from the adapter's manifest, through the adapter's own connection."""
     adapters: list[MergeAdapterInput]
-    """The adapters."""
+    """The adapters; none when the base is quantised as it is."""
+    calibration: DataInput | None = None
+    """Rows that a quantisation looks at."""
     output: OutputTarget
     """Where the merged model goes."""
     progress_config_map: str | None = None

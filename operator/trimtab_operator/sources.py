@@ -15,12 +15,14 @@ from trimtab_api.contract import (
     CREDENTIALS_ROOT,
     VOLUMES_ROOT,
     Connection,
+    DataInput,
     JobIdentity,
     ModelInput,
     S3Place,
     run_prefix,
 )
 from trimtab_api.v1alpha1 import FineTuneJob, MergeJob
+from trimtab_api.v1alpha1.dataset import DataPart
 from trimtab_api.v1alpha1.output import Output
 from trimtab_api.v1alpha1.source import ModelSource, Storage, VolumeSource
 from trimtab_api.v1alpha1.status import Artifact, ArtifactKind
@@ -129,6 +131,17 @@ def model_input(
         reference=reference.logical,
         s3=S3Place(uri=artifact.uri, connection=output_connection(producer, default), digest=artifact.digest),
     )
+
+
+def data_input(field: str, part: DataPart, storage: Storage | None, default: Storage | None) -> DataInput:
+    """The place of rows. `storage` is the resource's own, `default` the installation's."""
+    source = part.from_
+    if source.s3 is not None:
+        place = S3Place(uri=source.s3.uri, connection=connection(source.s3.storage, storage, default))
+        return DataInput(field=field, part=part, s3=place)
+    if source.volume is not None:
+        return DataInput(field=field, part=part, path=volume_path(source.volume))
+    return DataInput(field=field, part=part, hugging_face=source.hugging_face, inline=source.inline)
 
 
 def output_connection(producer: Producer, default: Storage | None) -> Connection:

@@ -134,6 +134,12 @@ REFUSED = (
     # Merging
     Row("weight of nothing", M, {"adapters.0.weight": 0}, "spec.adapters[0].weight", "remove it from adapters instead"),
     Row("shard of no size", M, {"maxShardSize": "0GB"}, "spec.maxShardSize", "must be a size such as 500MB or 4GB"),
+    # Quantised export
+    Row("nothing to do", M, {"adapters": []}, "spec.adapters", "give at least one adapter, or base and quantize"),
+    Row("quantise nothing", M, {"adapters": GONE, "quantize": {"scheme": "fp8"}}, "spec.adapters", "give at least one adapter, or base and quantize"),
+    Row("gptq without rows", M, {"quantize": {"scheme": "gptq"}}, "spec.quantize.calibration", "give rows that the model is used on"),
+    Row("fp8 with rows", M, {"quantize": {"scheme": "fp8", "calibration": {"from": {"inline": "{}"}}}}, "spec.quantize.calibration", "the other schemes look at no rows"),
+    Row("groups of int8", M, {"quantize": {"scheme": "int8", "groupSize": 64}}, "spec.quantize.groupSize", "one scale for each output channel"),
     # Serving
     Row("two adapters of a name", D, {"adapters": [{"name": "a", "from": HUB}, {"name": "a", "from": HUB}]}, "spec.adapters", "give each adapter a name of its own"),
     Row("adapter named as the model", D, {"model.name": "a", "adapters": [{"name": "a", "from": HUB}]}, "spec.adapters", "names an adapter as the model is named"),
@@ -166,6 +172,8 @@ ACCEPTED = (
     (F, {"pod.volumes": [{"claimName": "c", "mountPath": "/mnt/a.b"}, {"claimName": "c", "mountPath": "/optional"}]}),
     (F, {"model.from": {"volume": {"claimName": "c", "path": "a..b/c"}}}),
     (F, {"tuner": None, "pod": None, "storage": None}),
+    (M, {"adapters": GONE, "base": HUB, "quantize": {"scheme": "int4", "groupSize": 32}}),
+    (M, {"quantize": {"scheme": "awq", "calibration": {"from": {"inline": "{}"}}}}),
     (M, {"adapters.0.weight": -0.5, "adapters.1": {"from": HUB}}),
     (D, {"adapters": [{"name": "a", "from": HUB}, {"name": "b", "from": HUB}]}),
     (D, {"model.name": "base", "adapters": [{"name": "job", "from": HUB}]}),
@@ -362,6 +370,7 @@ EDITS: dict[str, dict[str, Any]] = {
         "dtype": "float16",
         "maxShardSize": "1GB",
         "verify": {"enabled": False},
+        "quantize": {"scheme": "fp8"},
         "output": {"uri": PLACE},
         "storage": {"region": "eu-central-1"},
         "pod": {"priorityClassName": "high"},

@@ -17,6 +17,7 @@ from trimtab_api.schema import (
     list_map,
     rules,
 )
+from trimtab_api.v1alpha1.dataset import DataPart
 from trimtab_api.v1alpha1.output import Output
 from trimtab_api.v1alpha1.pod import Pod
 from trimtab_api.v1alpha1.progress import Attempt
@@ -51,11 +52,63 @@ class Verification(Model):
     """Largest difference of logits that is accepted; by default what the dtype's rounding explains."""
 
 
+class Quantize(Model):
+    """Smaller weights for serving, in the compressed-tensors layout that vLLM and transformers open."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            Rule(
+                "!(self.scheme in ['gptq', 'awq']) || has(self.calibration)",
+                "give rows that the model is used on: gptq and awq choose the weights by what goes through them",
+                field_path=".calibration",
+            ),
+            Rule(
+                "self.scheme in ['gptq', 'awq'] || !has(self.calibration)",
+                "leave it out, or set scheme: gptq or awq: the other schemes look at no rows",
+                field_path=".calibration",
+            ),
+            Rule(
+                "!has(self.groupSize) || self.scheme in ['int4', 'gptq', 'awq']",
+                "leave it out: fp8 and int8 have one scale for each output channel",
+                field_path=".groupSize",
+            ),
+        )
+    )
+
+    scheme: Literal["fp8", "int8", "int4", "gptq", "awq"]
+    """fp8: weights and activations in 8 bit floats, for GPUs since Ada. int8: both in 8 bit whole numbers. int4: weights in 4 bits, rounded to nearest. gptq (arXiv:2210.17323) and awq (arXiv:2306.00978): weights in 4 bits, chosen by calibration rows."""
+    group_size: Literal[32, 64, 128] | None = None
+    """Weights that share a scale, for the 4 bit schemes; by default 128. It must divide the width of the layers."""
+    calibration: DataPart | None = None
+    """Rows for gptq and awq, a few hundred of the kind that the model will see."""
+    calibration_rows: Annotated[int, Field(ge=8, le=8192)] = 256
+    """At most so many of them are looked at."""
+    max_length: Annotated[int, Field(ge=16, le=131_072)] = 2048
+    """Longest calibration row, in tokens; what is beyond is cut off."""
+    keep: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=256)]],
+        Field(max_length=32, json_schema_extra=LIST_ATOMIC),
+    ] = Field(default_factory=list)
+    """Further modules that stay as they are, by name or as re:EXPRESSION. The head, the routers of experts and vision towers always do."""
+
+
 class MergeJobSpec(Model):
     """What to fold into what."""
 
-    adapters: Annotated[list[MergeAdapter], Field(min_length=1, max_length=8, json_schema_extra=LIST_ATOMIC)]
-    """The adapters; their updates add up."""
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            Rule(
+                "(has(self.adapters) && self.adapters.size() > 0) || (has(self.quantize) && has(self.base))",
+                "give at least one adapter, or base and quantize to quantise a model as it is",
+                field_path=".adapters",
+            )
+        )
+    )
+
+    adapters: Annotated[list[MergeAdapter], Field(max_length=8, json_schema_extra=LIST_ATOMIC)] = Field(
+        default_factory=list
+    )
+    """The adapters; their updates add up. None quantises the base as it is."""
     base: ModelSource | None = None
     """The model to fold into; by default the one that the adapters were trained on."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -72,6 +125,8 @@ class MergeJobSpec(Model):
     """Largest file of the merged model."""
     verify: Verification = Field(default_factory=Verification)
     """The check before publishing."""
+    quantize: Quantize | None = None
+    """Publish the result with quantised weights."""
     output: Output = Field(default_factory=Output)
     """Where the merged model goes."""
     storage: Storage | None = None
@@ -156,8 +211,8 @@ class MergeJob(Model):
             *(
                 fixed_once_started(field)
                 for field in (
-                    "adapters", "base", "dtype", "maxShardSize", "verify", "output", "storage", "pod", "retries",
-                    "activeDeadlineSeconds",
+                    "adapters", "base", "dtype", "maxShardSize", "verify", "quantize", "output", "storage", "pod",
+                    "retries", "activeDeadlineSeconds",
                 )
             )
         ),

@@ -125,13 +125,7 @@ def _pinned(
 
 
 def _data(field: str, part: DataPart, job: FineTuneJob, settings: Settings) -> DataInput:
-    source = part.from_
-    if source.s3 is not None:
-        reached = sources.connection(source.s3.storage, job.spec.storage, settings.storage)
-        return DataInput(field=field, part=part, s3=S3Place(uri=source.s3.uri, connection=reached))
-    if source.volume is not None:
-        return DataInput(field=field, part=part, path=sources.volume_path(source.volume))
-    return DataInput(field=field, part=part, hugging_face=source.hugging_face, inline=source.inline)
+    return sources.data_input(field, part, job.spec.storage, settings.storage)
 
 
 def places(config: RunConfig) -> list[pods.Place]:

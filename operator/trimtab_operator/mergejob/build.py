@@ -137,7 +137,8 @@ def job(work: Work, attempt: int) -> Object:
 def _pod(work: Work) -> Object:
     shape = work.job.spec.pod
     output = [work.config.output.s3] if work.config.output.s3 else []
-    storage = pods.storage([*inputs(work.config), *output])
+    rows = [work.config.calibration] if work.config.calibration else []
+    storage = pods.storage([*inputs(work.config), *rows, *output])
     claims = pods.claims(shape.volumes)
     return {
         "restartPolicy": "Never",

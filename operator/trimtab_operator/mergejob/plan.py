@@ -19,6 +19,7 @@ from trimtab_api.conditions import INPUTS_SOUND, SUCCEEDED, SUSPENDED, Reason
 from trimtab_api.contract import (
     PROGRESS_KEY,
     Connection,
+    DataInput,
     JobIdentity,
     MergeAdapterInput,
     MergeConfig,
@@ -38,7 +39,7 @@ from trimtab_operator.mergejob.status import attempt as attempt_of
 from trimtab_operator.mergejob.status import condition, find, of, record, told
 from trimtab_operator.plan import Event, Object, Plan, Ref
 from trimtab_operator.settings import Settings
-from trimtab_operator.sources import Producers, Unmet, base_of, connection, model_input, referenced
+from trimtab_operator.sources import Producers, Unmet, base_of, connection, data_input, model_input, referenced
 from trimtab_operator.trouble import PodEnd, Trouble
 
 INPUT_MISTAKES = frozenset(
@@ -46,7 +47,7 @@ INPUT_MISTAKES = frozenset(
         Reason.SPEC_INVALID, Reason.BUCKET_MISSING, Reason.OBJECT_MISSING, Reason.CREDENTIALS_MISSING,
         Reason.CREDENTIALS_WRONG, Reason.STORAGE_UNREACHABLE, Reason.MODEL_INVALID, Reason.BASE_MISMATCH,
         Reason.INPUT_CHANGED, Reason.DIGEST_MISMATCH, Reason.NOT_AN_ARTIFACT, Reason.UNSAFE_FORMAT,
-        Reason.ADAPTER_UNSUPPORTED,
+        Reason.ADAPTER_UNSUPPORTED, Reason.DATA_INVALID, Reason.DATA_EMPTY, Reason.CHAT_TEMPLATE_MISSING,
     }
 )  # fmt: skip
 """Endings that a user mends; the job waits and looks again, as a pod without accelerators costs little."""
@@ -212,9 +213,17 @@ def configure(seen: Seen) -> MergeConfig | Unmet:
         spec=spec.model_copy(update={"suspend": False, "ttl_seconds_after_finished": None}),
         base=base,
         adapters=adapters,
+        calibration=_calibration(seen),
         output=OutputTarget(s3=place),
         progress_config_map=names.merge_report(job.metadata.name),
     )
+
+
+def _calibration(seen: Seen) -> DataInput | None:
+    wanted, spec = seen.job.spec.quantize, seen.job.spec
+    if wanted is None or wanted.calibration is None:
+        return None
+    return data_input("quantize.calibration", wanted.calibration, spec.storage, seen.settings.storage)
 
 
 def _output(seen: Seen) -> Connection:

@@ -442,3 +442,20 @@ def test_a_failed_reference_is_told_with_its_reason() -> None:
     assert isinstance(found, Unmet)
     assert found.reason is Reason.REFERENCE_FAILED
     assert "DataInvalid: row 3" in found.message
+
+
+def test_a_base_is_quantised_as_it_is_with_rows_that_the_pod_can_open() -> None:
+    spec = {
+        "adapters": [],
+        "base": {"s3": {"uri": "s3://models/llama"}},
+        "quantize": {"scheme": "gptq", "calibration": {"from": {"s3": {"uri": "s3://models/rows.jsonl"}}}},
+        "storage": {"credentials": {"secretName": "mine"}},
+    }
+    found = configure(Story(spec=spec).seen())
+    assert isinstance(found, MergeConfig)
+    assert found.adapters == []
+    assert found.calibration is not None
+    assert found.calibration.field == "quantize.calibration"
+    assert found.calibration.s3 is not None
+    assert found.calibration.s3.uri == "s3://models/rows.jsonl"
+    assert found.calibration.s3.connection.credentials_dir == "/var/run/trimtab/credentials/mine"

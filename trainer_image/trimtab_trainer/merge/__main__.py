@@ -43,7 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _in_pod(path: Path) -> tuple[Exit, Ending]:
     try:
         config = MergeConfig.model_validate_json(path.read_bytes())
-        hub = any(source.hugging_face for source in [config.base, *(each.source for each in config.adapters)] if source)
+        models = [config.base, *(each.source for each in config.adapters)]
+        hub = any(source.hugging_face for source in [*models, config.calibration] if source)
         work = workplace.work_root()
         # Whether the base is on the hub may stand in the adapter alone.
         workplace.prepare(work, hub=bool(hub) or config.base is None)
@@ -55,6 +56,7 @@ def _in_pod(path: Path) -> tuple[Exit, Ending]:
 
 
 def _merged(config: MergeConfig, work: Path) -> Ending:
+    from trimtab_trainer.export.job import run as export
     from trimtab_trainer.merge.job import run
 
     work.mkdir(parents=True, exist_ok=True)
@@ -67,7 +69,7 @@ def _merged(config: MergeConfig, work: Path) -> Ending:
         reporter.report(ProgressReport(attempt=0, merge=merge))
 
     try:
-        outcome = run(config, work, report)
+        outcome = run(config, work, report) if config.spec.quantize is None else export(config, work, report)
     finally:
         reporter.close()
     manifest = outcome.manifest

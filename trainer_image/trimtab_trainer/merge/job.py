@@ -123,8 +123,13 @@ def merge(
 
 def run(config: MergeConfig, work: Path, report: Report = _silent) -> Outcome:
     """Do what merge.json asks for. Raises Fault and the store's errors."""
+    return execute(order_of(config), _destination(config, work), work, report)
+
+
+def order_of(config: MergeConfig) -> Order:
+    """What merge.json asks to merge."""
     spec = config.spec
-    order = Order(
+    return Order(
         base=config.base,
         adapters=config.adapters,
         dtype=_DTYPES.get(spec.dtype),
@@ -133,7 +138,6 @@ def run(config: MergeConfig, work: Path, report: Report = _silent) -> Outcome:
         tolerance=spec.verify.tolerance,
         made_by={"kind": "MergeJob", "job": config.job.dump(), "spec": spec.dump()},
     )
-    return execute(order, _destination(config, work), work, report)
 
 
 def execute(order: Order, destination: Destination, work: Path, report: Report) -> Outcome:
