@@ -71,6 +71,7 @@ check: venv ## Format, lint, types, import contracts, generated files, chart
 	@$(VENV)/bin/lint-imports --config .importlinter | tail -n 3
 	@$(PYTHON) -m mypy core operator/trimtab_operator trainer_image/trimtab_trainer server_image/trimtab_server lab demo
 	@$(PYTHON) -m trimtab_operator.crdgen --check
+	@$(PYTHON) -m tests.matrix --check
 	@$(LAB) helm lint --quiet helm/trimtab
 
 format: venv ## Format the code
@@ -79,6 +80,7 @@ format: venv ## Format the code
 
 generate: venv ## Write crds/, the chart's copy and the reference from the models
 	@$(PYTHON) -m trimtab_operator.crdgen
+	@$(PYTHON) -m tests.matrix
 
 .PHONY: test test-unit test-golden test-api test-e2e
 test: ## Every tier, from nothing

@@ -8,6 +8,7 @@ import pytest
 
 from demo import ask
 from tests.e2e.workspace import Workspace, eventually, kill_processes
+from tests.matrix import proves
 
 CHAT = "chat-server"
 
@@ -33,6 +34,7 @@ def test_the_base_is_trained_from_nothing(line: Workspace) -> None:
     assert job["spec"]["training"]["learningRate"] == 0.002
 
 
+@proves("sft", "lora", "nodes", "ddp")
 def test_two_adapters_are_tuned_one_of_them_on_two_nodes(line: Workspace) -> None:
     base = line.get("finetunejob", "base")["status"]["artifact"]
     for name in ("swift", "harbour"):

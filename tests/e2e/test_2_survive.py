@@ -11,6 +11,7 @@ import pytest
 from demo.cluster import Cluster, lab
 from demo.install import NAMESPACE
 from tests.e2e.workspace import Workspace, eventually, example, kill_processes, workspace_named
+from tests.matrix import proves
 
 STEPS = 300
 
@@ -46,6 +47,7 @@ def calm(work: Workspace, line: Workspace) -> dict[str, str]:
     return work.weights("calm")
 
 
+@proves("sft", "resume")
 def test_a_killed_pod_and_a_killed_operator_change_no_weight(
     work: Workspace, line: Workspace, calm: dict[str, str]
 ) -> None:

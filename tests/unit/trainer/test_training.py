@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.matrix import proves
 from tests.unit.trainer.conftest import SCRATCH, StartRanks, chats, history, lines, run_config, spec, training
 from trimtab_api.conditions import Reason
 from trimtab_api.contract import Exit, Manifest, RankResult
@@ -31,6 +32,8 @@ def _json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+@proves("pretrain", "full")
+@proves("sft", "lora")
 def test_base_then_adapter(start_ranks: StartRanks, tmp_path: Path) -> None:
     """The artifact of a base carries everything to chat; an adapter on it names it and changes it."""
     result = _run(start_ranks, tmp_path / "base", template={"system": "be kind", "stopTokens": ["<|im_start|>"]})

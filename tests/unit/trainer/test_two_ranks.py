@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.matrix import proves
 from tests.unit.trainer.conftest import Ranks, StartRanks, history, run_config, spec, training, wait_for
 from trimtab_api.conditions import Reason
 from trimtab_api.contract import Exit
@@ -30,6 +31,7 @@ def _first_checkpoint(output: Path, ranks: Ranks) -> None:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("ranks", [1, 2])
+@proves("pretrain", "full", "ddp", "resume")
 def test_preempted_and_resumed_run_equals_the_undisturbed_one(
     start_ranks: StartRanks, tmp_path: Path, ranks: int
 ) -> None:
