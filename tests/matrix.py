@@ -67,8 +67,8 @@ def page() -> str:
     lines = [
         "# What is proved",
         "",
-        "Each cell names the tests that prove a method in a way, by their number in the list below. An empty cell has no",
-        "test of its own. Written by `make generate` from the marks of the tests.",
+        "Each cell names the tests that prove a method in a way, by their number in the list below. An empty cell has",
+        "no test of its own. Written by `make generate` from the marks of the tests.",
         "",
         "| method | " + " | ".join(WAYS.values()) + " |",
         "|---|" + "---|" * len(WAYS),
