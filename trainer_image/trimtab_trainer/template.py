@@ -102,18 +102,21 @@ class ChatTemplate:
         return cls(whole, dict(special_tokens))
 
     def renderer(self) -> Callable[..., str]:
-        """A function (messages, tools=None, add_generation_prompt=False) → text, compiled once."""
+        """A function (messages, tools=None, add_generation_prompt=False, **arguments) → text, compiled once."""
         compiled = environment().from_string(self.source)
 
         def render(
-            messages: list[dict[str, Any]], tools: list[Any] | None = None, add_generation_prompt: bool = False
+            messages: list[dict[str, Any]],
+            tools: list[Any] | None = None,
+            add_generation_prompt: bool = False,
+            **arguments: Any,
         ) -> str:
             return compiled.render(
                 messages=messages,
                 tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
-                **self.special_tokens,
+                **{**self.special_tokens, **arguments},
             )
 
         return render

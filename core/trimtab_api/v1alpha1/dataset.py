@@ -20,8 +20,8 @@ class DataPart(Model):
 
     from_: Annotated[DataSource, Field(alias="from")]
     """Where the rows are."""
-    format: Literal["auto", "messages", "queryResponse", "text"] = "auto"
-    """How a row is written. auto tells by the columns of the first row."""
+    format: Literal["auto", "messages", "queryResponse", "alpaca", "sharegpt", "text"] = "auto"
+    """How a row is written: messages (OpenAI's, with tool_calls, tool_call and tool_response turns, or Anthropic's blocks), queryResponse, alpaca (instruction, input, output), sharegpt (conversations of from and value) or text. auto tells by the columns of the first row."""
     columns: Annotated[dict[str, Annotated[str, Field(min_length=1, max_length=128)]], Field(max_length=32)] = Field(
         default_factory=dict
     )
@@ -56,8 +56,12 @@ class Dataset(Model):
     """Longest sequence, in tokens."""
     truncation: Literal["auto", "delete", "left", "right", "split"] = "auto"
     """What becomes of a longer row: dropped and counted (delete), cut at one end, or cut into several (split, pretrain only). auto is split for pretrain, else delete."""
-    loss: Literal["auto", "all", "assistant", "lastTurn"] = "auto"
-    """Tokens that are learnt: every one, the assistant's answers, or the last answer. auto is all for pretrain, else assistant."""
+    loss: Literal["auto", "all", "assistant", "lastTurn", "lastRound"] = "auto"
+    """Tokens that are learnt: every one, the assistant's answers, the last answer, or the answers and tool calls after the last question (lastRound). auto is all for pretrain, else assistant. A message's own loss and weight go before it."""
+    tool_call_weight: Annotated[float, Field(ge=0, le=1000)] = 1
+    """Weight of tool calls in the loss; 1 counts them as any other answer, 0 leaves them out."""
+    ignore_empty_think: bool = False
+    """Learn nothing of the empty <think></think> that an answer without thoughts begins with."""
     shuffle: bool = True
     """Shuffle the rows, anew each epoch."""
     seed: Annotated[int, Field(ge=0, le=2_147_483_647)] = 42

@@ -88,7 +88,7 @@ class ResolvedFineTune(Model):
     """Peak learning rate."""
     truncation: Literal["delete", "left", "right", "split"]
     """What becomes of long rows."""
-    loss: Literal["all", "assistant", "lastTurn"]
+    loss: Literal["all", "assistant", "lastTurn", "lastRound"]
     """Tokens that are learnt."""
     processes_per_node: Annotated[int, Field(ge=1)]
     """Processes in each pod."""

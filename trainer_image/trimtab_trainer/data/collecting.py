@@ -60,14 +60,14 @@ def standard_rows(local: LocalData, needs: Needs) -> Iterator[Row]:
         where = _where(local, path)
         for number, raw in read(path, where):
             renamed = _renamed(raw, part, where, number)
-            form = form or detect(renamed, where, number)
+            form = form or detect(renamed, where, number, needs.answer)
             if form == "text" and not needs.text_allowed:
                 raise Fault(
                     Reason.DATA_INVALID,
                     f"{where} row {number}: plain text has no answers to learn",
                     "Use method pretrain, set dataset.loss: all, or give conversations.",
                 )
-            row = standard(renamed, form, needs.answer, where, number)
+            row = standard(renamed, form, needs.answer, where, number, needs.text_allowed)
             yield row if needs.complete is None else needs.complete(renamed, row, where, number)
 
 

@@ -1,116 +1,164 @@
-"""What a sound row is: three formats, told by their columns, made into two standard forms.
+"""What a sound row is: five formats, told by their columns, made into two standard forms.
 
-A standard row is {"text": ...} or {"messages": [...], "tools"?: [...]}: nothing after this room knows of formats.
+A standard row is {"text": ...} or {"messages": [...], "tools"?: [...], "chat_template_kwargs"?: {...}}: nothing after
+this room knows of formats. A message of the assistant may hold "loss" and "weight": what is learnt of it.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from trimtab_trainer.data import conversations
+from trimtab_trainer.data.conversations import Message, Place, parsed
 from trimtab_trainer.data.reading import broken
 
 Row = dict[str, Any]
-Format = Literal["messages", "queryResponse", "text"]
+Format = Literal["messages", "queryResponse", "alpaca", "sharegpt", "text"]
 
-ROLES = ("system", "user", "assistant", "tool")
-_COLUMNS: dict[Format, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "queryResponse": ("query", "response"),
-    "text": ("text",),
-}
+MESSAGES = ("messages",)
+SHAREGPT = ("conversations", "conversation")
+SYSTEM = ("system", "system_prompt")
+QUERY = ("query", "prompt", "input", "instruction", "question", "problem")
+RESPONSE = (
+    "response",
+    "answer",
+    "output",
+    "targets",
+    "target",
+    "answer_key",
+    "answers",
+    "solution",
+    "text",
+    "completion",
+    "content",
+)
+"""Names under which a column is found, the first that is there."""
+_ALPACA = ("instruction", "output")
+_OURS = {"messages", "tools", "documents", "add_generation_prompt"}
+"""What a template is always given; a row cannot replace it."""
 
 
-def detect(columns: Mapping[str, Any], where: str, row: int) -> Format:
+def detect(columns: Mapping[str, Any], where: str, row: int, needs_answer: bool = True) -> Format:
     """The format of a row by its columns. Raises Fault(DataInvalid) when none fits."""
-    for name, needed in _COLUMNS.items():
-        if all(column in columns for column in needed):
-            return name
+    if _name(columns, MESSAGES):
+        return "messages"
+    if _name(columns, SHAREGPT):
+        return "sharegpt"
+    if all(name in columns for name in _ALPACA):
+        return "alpaca"
+    query, response = _name(columns, QUERY), _name(columns, RESPONSE)
+    if query and (response or not needs_answer):
+        return "queryResponse"
+    if "text" in columns:
+        return "text"
     raise broken(
         where,
         row,
         f"columns {', '.join(sorted(columns)) or '(none)'} fit no format",
-        "Give messages, query and response, or text; or map names with dataset.train[].columns.",
+        "Give messages, conversations, instruction and output, query and response, or text; "
+        "or map names with dataset.train[].columns.",
     )
 
 
-def standard(raw: Mapping[str, Any], form: Format, needs_answer: bool, where: str, row: int) -> Row:
+def standard(
+    raw: Mapping[str, Any], form: Format, needs_answer: bool, where: str, row: int, text_allowed: bool = False
+) -> Row:
     """The standard form of a row.
 
     Raises Fault(DataInvalid) that says what is wrong with it. `needs_answer`: a conversation must end with one.
+    `text_allowed`: answers without any question are plain text.
     """
-    readers: dict[Format, Callable[[Mapping[str, Any], bool, str, int], Row]] = {
-        "text": _text,
+    if form == "text":
+        return {"text": _string(raw, "text", where, row)}
+    readers: dict[Format, Callable[[Mapping[str, Any], bool, str, int], list[Message]]] = {
         "messages": _messages,
+        "sharegpt": _sharegpt,
         "queryResponse": _query_response,
+        "alpaca": _alpaca,
     }
-    return readers[form](raw, needs_answer, where, row)
+    messages = _with_system(readers[form](raw, needs_answer, where, row), raw, where, row)
+    if text_allowed and all(message["role"] == "assistant" and message["content"] for message in messages):
+        return {"text": "\n".join(message["content"] for message in messages)}
+    _see_turns(messages, needs_answer, Place(where, row, _name(raw, (*MESSAGES, *SHAREGPT)) or "messages"))
+    found: Row = {"messages": messages}
+    if raw.get("tools"):
+        found["tools"] = conversations.tools(raw["tools"], where, row)
+    if raw.get("chat_template_kwargs"):
+        found["chat_template_kwargs"] = _template_arguments(raw["chat_template_kwargs"], where, row)
+    return found
 
 
-def _text(raw: Mapping[str, Any], _needs_answer: bool, where: str, row: int) -> Row:
-    return {"text": _string(raw, "text", where, row)}
+def _messages(raw: Mapping[str, Any], _needs_answer: bool, where: str, row: int) -> list[Message]:
+    return conversations.read(raw.get("messages"), "messages", where, row)
 
 
-def _query_response(raw: Mapping[str, Any], _needs_answer: bool, where: str, row: int) -> Row:
-    messages: list[dict[str, str]] = []
-    if raw.get("system"):
-        messages.append({"role": "system", "content": _string(raw, "system", where, row)})
-    for turn, pair in enumerate(_history(raw, where, row)):
+def _sharegpt(raw: Mapping[str, Any], _needs_answer: bool, where: str, row: int) -> list[Message]:
+    name = _name(raw, SHAREGPT) or SHAREGPT[0]
+    return conversations.read(raw.get(name), name, where, row)
+
+
+def _query_response(raw: Mapping[str, Any], needs_answer: bool, where: str, row: int) -> list[Message]:
+    question = _string(raw, _name(raw, QUERY) or QUERY[0], where, row)
+    messages = [*_history(raw, where, row), {"role": "user", "content": question}]
+    response = _name(raw, RESPONSE)
+    if response is None and not needs_answer:
+        return messages
+    return [*messages, {"role": "assistant", "content": _string(raw, response or RESPONSE[0], where, row)}]
+
+
+def _alpaca(raw: Mapping[str, Any], _needs_answer: bool, where: str, row: int) -> list[Message]:
+    question = _string(raw, "instruction", where, row)
+    if raw.get("input"):
+        question += "\n" + _string(raw, "input", where, row)
+    answer = {"role": "assistant", "content": _string(raw, "output", where, row)}
+    return [*_history(raw, where, row), {"role": "user", "content": question}, answer]
+
+
+def _history(raw: Mapping[str, Any], where: str, row: int) -> list[Message]:
+    history = parsed(raw.get("history") or [])
+    if not isinstance(history, list):
+        raise broken(where, row, "'history' must be a list of pairs")
+    messages: list[Message] = []
+    for turn, pair in enumerate(history):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
             raise broken(where, row, f"'history[{turn}]' must be a pair of texts, a query and its response")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    messages.append({"role": "user", "content": _string(raw, "query", where, row)})
-    messages.append({"role": "assistant", "content": _string(raw, "response", where, row)})
-    return {"messages": messages}
+    return messages
 
 
-def _history(raw: Mapping[str, Any], where: str, row: int) -> list[Any]:
-    history = _parsed(raw.get("history") or [])
-    if not isinstance(history, list):
-        raise broken(where, row, "'history' must be a list of pairs")
-    return history
+def _with_system(messages: list[Message], raw: Mapping[str, Any], where: str, row: int) -> list[Message]:
+    """The messages after the row's own system prompt."""
+    name = _name(raw, SYSTEM)
+    if name is None or not raw[name]:
+        return messages
+    system = _string(raw, name, where, row)
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *messages]
+    if messages[0]["content"] != system:
+        raise broken(where, row, f"'{name}' and the first message are two different system prompts")
+    return messages
 
 
-def _messages(raw: Mapping[str, Any], needs_answer: bool, where: str, row: int) -> Row:
-    messages = _parsed(raw.get("messages"))
-    if not isinstance(messages, list) or not messages:
-        raise broken(where, row, "'messages' must be a list with at least one message")
-    checked = [_message(message, index, where, row) for index, message in enumerate(messages)]
-    if not any(message["role"] == "user" for message in checked):
-        raise broken(where, row, "'messages' has no message of role user")
-    if needs_answer and checked[-1]["role"] != "assistant":
-        last = checked[-1]["role"]
-        raise broken(where, row, f"'messages' ends with role {last}; the last message must be the assistant's answer")
-    standard_row: Row = {"messages": checked}
-    if raw.get("tools"):
-        tools = _parsed(raw["tools"])
-        if not isinstance(tools, list):
-            raise broken(where, row, "'tools' must be a list of tool definitions")
-        standard_row["tools"] = tools
-    return standard_row
+def _see_turns(messages: list[Message], needs_answer: bool, place: Place) -> None:
+    if not any(message["role"] == "user" for message in messages):
+        raise place.wrong("has no message of role user")
+    if needs_answer and messages[-1]["role"] != "assistant":
+        last = messages[-1]["role"]
+        raise place.wrong(f"ends with role {last}; the last message must be the assistant's answer")
 
 
-def _message(message: object, index: int, where: str, row: int) -> dict[str, Any]:
-    name = f"'messages[{index}]'"
-    if not isinstance(message, dict):
-        raise broken(where, row, f"{name} must be an object with role and content")
-    role = message.get("role")
-    if role not in ROLES:
-        raise broken(where, row, f"{name} has role {role!r}; it must be one of {', '.join(ROLES)}")
-    if role == "system" and index > 0:
-        raise broken(where, row, f"{name} has role system, which only the first message may have")
-    content = message.get("content")
-    if content is None and message.get("tool_calls"):
-        content = ""
-    if not isinstance(content, str):
-        raise broken(where, row, f"{name} has no text in 'content'")
-    if role in ("user", "assistant") and not content.strip() and not message.get("tool_calls"):
-        raise broken(where, row, f"{name} of role {role} is empty")
-    kept = {
-        key: value for key, value in message.items() if key in ("role", "tool_calls", "tool_call_id", "name") and value
-    }
-    return {**kept, "content": content}
+def _template_arguments(value: object, where: str, row: int) -> dict[str, Any]:
+    found = parsed(value)
+    if not isinstance(found, dict) or not all(isinstance(key, str) and key.isidentifier() for key in found):
+        raise broken(where, row, "'chat_template_kwargs' must be an object whose keys are names")
+    if taken := sorted(_OURS & set(found)):
+        raise broken(where, row, f"'chat_template_kwargs' cannot set {', '.join(taken)}: those are the row's own")
+    return found
+
+
+def _name(raw: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if name in raw), None)
 
 
 def _string(raw: Mapping[str, Any], column: str, where: str, row: int) -> str:
@@ -119,14 +167,4 @@ def _string(raw: Mapping[str, Any], column: str, where: str, row: int) -> str:
         raise broken(where, row, f"'{column}' must be text")
     if not value.strip():
         raise broken(where, row, f"'{column}' is empty")
-    return value
-
-
-def _parsed(value: Any) -> Any:
-    """CSV and some Parquet files hold lists as JSON text."""
-    if isinstance(value, str):
-        try:
-            return json.loads(value)
-        except json.JSONDecodeError:
-            return value
     return value

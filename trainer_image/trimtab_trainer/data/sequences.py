@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 from trimtab_api.conditions import Reason
 from trimtab_api.contract import RunConfig
 from trimtab_trainer.data.collecting import rows_of
-from trimtab_trainer.data.masks import Loss, Render, learnt, render_row
+from trimtab_trainer.data.masks import Learning, Loss, Part, Render, render_parts, weights
 from trimtab_trainer.data.rows import Row
 from trimtab_trainer.endings import Fault
 
@@ -24,6 +24,8 @@ BATCH = 256
 """Rows that are tokenised at once."""
 CHECKED_ROWS = 64
 """Rows whose prompt is tokenised again by itself."""
+WEIGHTS = "weights"
+"""Column with each token's weight in the loss; empty where every learnt token counts once."""
 
 Truncation = Literal["delete", "left", "right", "split"]
 
@@ -37,12 +39,28 @@ class Shaping:
     max_length: int
     ends_document: bool
     """Append the end-of-text token, as pretraining separates documents."""
+    tool_call_weight: float = 1.0
+    """Weight of tool calls within answers."""
+    ignore_empty_think: bool = False
+    """Leave out the empty thoughts that an answer begins with."""
 
     @classmethod
     def of(cls, config: RunConfig, ends_document: bool) -> Shaping:
         """As the spec asks."""
-        resolved = config.resolved
-        return cls(resolved.loss, resolved.truncation, config.spec.dataset.max_length, ends_document)
+        resolved, dataset = config.resolved, config.spec.dataset
+        return cls(
+            resolved.loss,
+            resolved.truncation,
+            dataset.max_length,
+            ends_document,
+            dataset.tool_call_weight,
+            dataset.ignore_empty_think,
+        )
+
+    @property
+    def learning(self) -> Learning:
+        """What is learnt of conversations."""
+        return Learning(self.loss, self.tool_call_weight, self.ignore_empty_think)
 
 
 @dataclass
@@ -55,6 +73,8 @@ class Count:
     learnt: int = 0
     deleted: int = 0
     cut: int = 0
+    longest: int = 0
+    """Tokens of the longest row, before it is cut."""
     checked: int = 0
     torn: int = 0
     """Checked rows whose prompt, tokenised alone, differs from the beginning of the whole."""
@@ -66,9 +86,9 @@ class Encoder(Protocol):
     """How a method's rows become records of token ids."""
 
     columns: tuple[str, ...]
-    """Columns of a record, each a list of whole numbers."""
+    """Columns of a record, each a list of numbers: real ones in WEIGHTS, whole ones in all others."""
 
-    def encode(self, rows: list[Row]) -> Iterator[dict[str, list[int]]]:
+    def encode(self, rows: list[Row]) -> Iterator[Mapping[str, Sequence[float]]]:
         """The records of some rows."""
         ...
 
@@ -87,13 +107,15 @@ def write(rows: Path, encoder: Encoder, into: Path) -> Count:
     """
     import pyarrow
 
-    schema = pyarrow.schema([(name, pyarrow.list_(pyarrow.int32())) for name in encoder.columns])
+    kinds = {WEIGHTS: pyarrow.float32()}
+    schema = pyarrow.schema([(name, pyarrow.list_(kinds.get(name, pyarrow.int32()))) for name in encoder.columns])
     digest = hashlib.sha256()
     with pyarrow.OSFile(str(into), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
         for batch in _batches(rows_of(rows), BATCH):
-            table: dict[str, list[list[int]]] = {name: [] for name in encoder.columns}
+            table: dict[str, list[Sequence[float]]] = {name: [] for name in encoder.columns}
             for record in encoder.encode(batch):
-                digest.update(repr([record[name] for name in encoder.columns]).encode())
+                told = [record[name] for name in encoder.columns if name != WEIGHTS or record[name]]
+                digest.update(repr(told).encode())
                 for name in encoder.columns:
                     table[name].append(record[name])
             if table[encoder.columns[0]]:
@@ -106,7 +128,7 @@ def write(rows: Path, encoder: Encoder, into: Path) -> Count:
 class Language:
     """Text and conversations as input_ids with labels."""
 
-    columns: tuple[str, ...] = ("input_ids", "labels")
+    columns: tuple[str, ...] = ("input_ids", "labels", WEIGHTS)
 
     def __init__(self, tokenizer: Any, render: Render | None, shaping: Shaping):
         self._tokenizer = tokenizer
@@ -114,10 +136,14 @@ class Language:
         self._shaping = shaping
         self._count = Count()
 
-    def encode(self, rows: list[Row]) -> Iterator[dict[str, list[int]]]:
+    def encode(self, rows: list[Row]) -> Iterator[dict[str, Sequence[float]]]:
         """See Encoder."""
-        for ids, labels in _sequences(rows, self._tokenizer, self._render, self._shaping, self._count):
-            yield {"input_ids": ids, "labels": labels}
+        for ids, counts in _sequences(rows, self._tokenizer, self._render, self._shaping, self._count):
+            yield {
+                "input_ids": ids,
+                "labels": [token if count else IGNORED for token, count in zip(ids, counts, strict=True)],
+                WEIGHTS: counts if any(count not in (0, 1) for count in counts) else [],
+            }
 
     def conclude(self) -> Count:
         """See Encoder."""
@@ -150,35 +176,36 @@ def _judge(count: Count, shaping: Shaping) -> None:
 
 def _sequences(
     rows: list[Row], tokenizer: Any, render: Render | None, shaping: Shaping, count: Count
-) -> Iterator[tuple[list[int], list[int]]]:
-    rendered = [render_row(row, render, shaping.loss) for row in rows]
+) -> Iterator[tuple[list[int], list[float]]]:
+    """Token ids of each sequence, with the weights of their losses."""
+    rendered = [render_parts(row, render, shaping.learning) for row in rows]
     texts = [text for text, _ in rendered]
     plain = ["text" in row for row in rows]
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
-    for index, (text, spans) in enumerate(rendered):
+    for index, (text, parts) in enumerate(rendered):
         ids, offsets = list(encoded["input_ids"][index]), encoded["offset_mapping"][index]
-        marks = learnt(offsets, spans)
+        counts = weights(offsets, parts)
         count.rows += 1
         if shaping.loss != "all" and count.checked < CHECKED_ROWS:
-            _check_prompt(text, spans, ids, offsets, tokenizer, count)
+            _check_prompt(text, parts, ids, offsets, tokenizer, count)
         if plain[index] and tokenizer.bos_token_id is not None and _adds_bos(tokenizer):
-            ids, marks = [tokenizer.bos_token_id, *ids], [False, *marks]
+            ids, counts = [tokenizer.bos_token_id, *ids], [0.0, *counts]
         if shaping.ends_document and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-            ids, marks = [*ids, tokenizer.eos_token_id], [*marks, True]
-        labels = [token if mark else IGNORED for token, mark in zip(ids, marks, strict=True)]
-        for piece in _fit(ids, labels, shaping, count):
+            ids, counts = [*ids, tokenizer.eos_token_id], [*counts, 1.0]
+        count.longest = max(count.longest, len(ids))
+        for piece in _fit(ids, counts, shaping, count):
             count.sequences += 1
             count.tokens += len(piece[0])
-            count.learnt += sum(label != IGNORED for label in piece[1][1:])
+            count.learnt += sum(each > 0 for each in piece[1][1:])
             yield piece
 
 
 def _check_prompt(
-    text: str, spans: list[Any], ids: list[int], offsets: list[Any], tokenizer: Any, count: Count
+    text: str, parts: list[Part], ids: list[int], offsets: list[Any], tokenizer: Any, count: Count
 ) -> None:
     """A server tokenises the prompt alone: it must get the tokens that the answer was learnt after."""
     count.checked += 1
-    for start, _ in spans:
+    for start in {part.start for part in parts} - {part.end for part in parts}:
         alone = tokenizer(text[:start], add_special_tokens=False, return_attention_mask=False)["input_ids"]
         whole = [token for token, (begin, _) in zip(ids, offsets, strict=True) if begin < start]
         if list(alone) != whole:
@@ -186,21 +213,23 @@ def _check_prompt(
             return
 
 
-def _fit(ids: list[int], labels: list[int], shaping: Shaping, count: Count) -> Iterator[tuple[list[int], list[int]]]:
+def _fit(
+    ids: list[int], counts: list[float], shaping: Shaping, count: Count
+) -> Iterator[tuple[list[int], list[float]]]:
     limit = shaping.max_length
     if len(ids) <= limit:
-        yield ids, labels
+        yield ids, counts
     elif shaping.truncation == "delete":
         count.deleted += 1
     elif shaping.truncation == "split":
         count.cut += 1
         for start in range(0, len(ids), limit):
             if len(ids) - start > 1:
-                yield ids[start : start + limit], labels[start : start + limit]
+                yield ids[start : start + limit], counts[start : start + limit]
     else:
         count.cut += 1
         kept = slice(-limit, None) if shaping.truncation == "left" else slice(limit)
-        yield ids[kept], labels[kept]
+        yield ids[kept], counts[kept]
 
 
 def _adds_bos(tokenizer: Any) -> bool:

@@ -13,7 +13,7 @@ import torch
 from trl.trainer.sft_trainer import SFTTrainer
 
 from trimtab_trainer.arguments import arguments
-from trimtab_trainer.data.sequences import IGNORED
+from trimtab_trainer.data.sequences import IGNORED, WEIGHTS
 from trimtab_trainer.methods.observed import Observed
 from trimtab_trainer.methods.parts import Parts
 
@@ -25,8 +25,8 @@ class Collator:
         self._pad = pad_token_id
         self._multiple = multiple
 
-    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        """A batch of equal lengths: input_ids, attention_mask, labels."""
+    def __call__(self, rows: Sequence[dict[str, list[Any]]]) -> dict[str, torch.Tensor]:
+        """A batch of equal lengths: input_ids, attention_mask, labels, and weights where a token counts not once."""
         longest = max(len(row["input_ids"]) for row in rows)
         length = -(-longest // self._multiple) * self._multiple
         ids = torch.full((len(rows), length), self._pad, dtype=torch.long)
@@ -37,7 +37,12 @@ class Collator:
             ids[index, :size] = torch.as_tensor(row["input_ids"])
             labels[index, :size] = torch.as_tensor(row["labels"])
             mask[index, :size] = 1
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        if any(row.get(WEIGHTS) for row in rows):
+            batch[WEIGHTS] = torch.ones((len(rows), length))
+            for index, row in enumerate(rows):
+                batch[WEIGHTS][index, : len(row[WEIGHTS])] = torch.as_tensor(row[WEIGHTS])
+        return batch
 
 
 class CausalTrainer(Observed, SFTTrainer):
@@ -46,16 +51,23 @@ class CausalTrainer(Observed, SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Sum of the learnt tokens' losses over the number of such tokens in the global batch."""
-        if return_outputs or self.aux_loss_enabled:
+        """Sum of the learnt tokens' losses, each times its weight, over the number of such tokens in the global batch."""
+        weights = inputs.pop(WEIGHTS, None)
+        if return_outputs:
             base: Any = super()
             return base.compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        routed = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        outputs = model(**inputs, **routed, use_cache=False, fused_lm_head=True)
         tokens = outputs.label_mask.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-        loss = -outputs.log_probs.sum() / tokens.clamp(min=1)
+        log_probs = outputs.log_probs if weights is None else outputs.log_probs * weights[:, 1:]
+        loss = -log_probs.sum() / tokens.clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The count is over all processes, and DDP averages their gradients.
             loss = loss * self.accelerator.num_processes
+        if self.aux_loss_enabled:
+            # A mean of each forward pass; the accumulation adds them up when the tokens are counted beforehand.
+            passes = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / passes
         return loss
 
 
