@@ -116,10 +116,18 @@ def _written(item: object, index: int, place: Place) -> Iterator[Message]:
     content = item.get("content", item.get("value"))
     if role == "tool_call":
         calls = _calls(parsed(content), index, place)
-        yield {"role": "assistant", "tool_calls": calls, "content": "", "continues": True, **_learning(item, "assistant", index, place)}
+        yield {
+            "role": "assistant",
+            "tool_calls": calls,
+            "content": "",
+            "continues": True,
+            **_learning(item, "assistant", index, place),
+        }
         return
     if role not in ROLES:
-        raise place.wrong(f"has role {role!r}; it must be one of {', '.join(ROLES)}, or a name that stands for one", index)
+        raise place.wrong(
+            f"has role {role!r}; it must be one of {', '.join(ROLES)}, or a name that stands for one", index
+        )
     if isinstance(content, list):
         yield from _blocks(content, role, item, index, place)
         return

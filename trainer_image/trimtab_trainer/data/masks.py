@@ -6,7 +6,7 @@ it must be a prefix of the whole; a template that rewrites earlier turns is foun
 
 from __future__ import annotations
 
-import os.path
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -156,9 +156,14 @@ def _answer(spoken: _Conversation, index: int, learning: Learning) -> list[Part]
 def _calls(spoken: _Conversation, index: int, start: int, end: int) -> Span:
     """Where the tool calls of an answer stand: between what it begins and ends with when it has none."""
     answer, plain = spoken.whole[start:end], spoken.without_calls(index)[start:].rstrip()
-    ends = len(os.path.commonprefix([answer[::-1], plain[::-1]]))
-    begins = len(os.path.commonprefix([answer[: len(answer) - ends], plain[: len(plain) - ends]]))
+    ends = _common(answer[::-1], plain[::-1])
+    begins = _common(answer[: len(answer) - ends], plain[: len(plain) - ends])
     return start + begins, end - ends
+
+
+def _common(one: str, other: str) -> int:
+    """How many characters two texts begin with in common."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _span(spoken: _Conversation, index: int) -> Span:

@@ -51,7 +51,7 @@ class CausalTrainer(Observed, SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Sum of the learnt tokens' losses, each times its weight, over the number of such tokens in the global batch."""
+        """Sum of the learnt tokens' losses, each times its weight, over the number of them in the global batch."""
         weights = inputs.pop(WEIGHTS, None)
         if return_outputs:
             base: Any = super()

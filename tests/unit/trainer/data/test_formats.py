@@ -68,7 +68,11 @@ CALLED = [
                         "role": "assistant",
                         "content": None,
                         "tool_calls": [
-                            {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Kiel"}'}}
+                            {
+                                "id": "1",
+                                "type": "function",
+                                "function": {"name": "weather", "arguments": '{"city": "Kiel"}'},
+                            }
                         ],
                     },
                     _turn("tool", "calm", tool_call_id="1"),

@@ -87,8 +87,9 @@ def test_tool_calls_have_a_weight_of_their_own(content: str) -> None:
     row = _agent(content)
     plain = _said(row, QWEN)
     said = _said(row, QWEN, tool_call_weight=2)
-    assert [text for text, weight in said if weight == 2][0].strip().startswith("<tool_call>")
-    assert [text for text, weight in said if weight == 2][0].endswith("</tool_call>")
+    called = next(text for text, weight in said if weight == 2)
+    assert called.strip().startswith("<tool_call>")
+    assert called.endswith("</tool_call>")
     assert "".join(text for text, _ in said) == "".join(text for text, _ in plain)
     assert content in said[1][0]
     left_out = _said(row, QWEN, tool_call_weight=0)
@@ -161,13 +162,14 @@ def test_the_weighted_loss_is_the_published_sum() -> None:
     alone: Any = SimpleNamespace(aux_loss_enabled=False, args=SimpleNamespace(average_tokens_across_devices=False))
 
     def ours(inputs: dict[str, Any]) -> float:
-        return float(CausalTrainer.compute_loss(alone, model, dict(inputs), num_items_in_batch=torch.tensor(5)))
+        loss = CausalTrainer.compute_loss(alone, model, dict(inputs), num_items_in_batch=torch.tensor(5))
+        return float(loss.detach())
 
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="none")
     expected = (each * batch["weights"][:, 1:].flatten()).sum() / 5
-    assert ours(batch) == pytest.approx(float(expected), abs=1e-5)
+    assert ours(batch) == pytest.approx(float(expected.detach()), abs=1e-5)
     plain = {name: tensor for name, tensor in batch.items() if name != "weights"}
-    assert ours(plain) == pytest.approx(float(each.sum() / 5), abs=1e-5)
+    assert ours(plain) == pytest.approx(float(each.detach().sum() / 5), abs=1e-5)
     assert abs(ours(batch) - ours(plain)) > 1e-2
     assert "weights" not in Collator(0)([{**row, "weights": []} for row in rows])
