@@ -21,9 +21,10 @@ from prometheus_client import generate_latest
 from trimtab_operator import finetunejob, mergejob, metrics, modeldeployment, settings, triggers
 from trimtab_operator.kube import Kube, KubeError, Stale
 from trimtab_operator.plan import Key
-from trimtab_operator.reconcile import Kind, reconcile
+from trimtab_operator.reconcile import Kind, reconcile, rests
 from trimtab_operator.settings import Settings
-from trimtab_operator.workqueue import WorkQueue
+from trimtab_operator.survey import Survey
+from trimtab_operator.workqueue import Backoff, WorkQueue
 
 log = logging.getLogger("trimtab")
 
@@ -31,6 +32,8 @@ HEALTH_PORT = 8080
 METRICS_PORT = 9090
 STUCK_SECONDS = 120.0
 """A key that is due for longer than this shows that nobody works."""
+SETTLING_SECONDS = 0.2
+"""The watches list what there is at nearly the same time: one survey is for all of them."""
 
 
 class Operator:
@@ -42,6 +45,7 @@ class Operator:
         self.kube = kube
         self.queue: WorkQueue[Key] = WorkQueue(time.monotonic)
         self.states = metrics.States()
+        self.relisted = asyncio.Event()
         rooms = (finetunejob.kind(chosen), mergejob.kind(chosen), modeldeployment.kind(chosen))
         self.kinds: Mapping[str, Kind[Any]] = {room.name: room for room in rooms}
 
@@ -49,7 +53,7 @@ class Operator:
         """Work until one of the parts ends; the others are ended with it, and its error is raised."""
         servers = await self._serve(health_port, metrics_port)
         watching = kopf.operator(
-            registry=triggers.registry(self.queue.add, self.states),
+            registry=triggers.registry(self.queue.add, self.relisted.set, self.states),
             standalone=True,
             clusterwide=not self.settings.namespaces,
             namespaces=self.settings.namespaces,
@@ -91,18 +95,40 @@ class Operator:
         return "ok"
 
     async def resync(self) -> None:
-        """Ask for a look at everything from time to time: what no event told is found so."""
+        """Survey everything when a watch begins and from time to time: what no event told is found so."""
+        backoff, failures = Backoff(first=1.0, cap=30.0), 0
         while True:
-            await asyncio.sleep(self.settings.resync_seconds)
+            wait = backoff.delay(failures, chance=0.5) if failures else self.settings.resync_seconds
             try:
-                for kind in self.kinds:
-                    everywhere: list[str | None] = [*self.settings.namespaces] or [None]
-                    for namespace in everywhere:
-                        for item in await self.kube.list(kind, namespace):
-                            meta = item["metadata"]
-                            self.queue.add(Key(kind, meta["namespace"], meta["name"]))
+                await asyncio.wait_for(self.relisted.wait(), wait)
+                await asyncio.sleep(SETTLING_SECONDS)
+            except TimeoutError:
+                log.debug("nothing was listed anew for %.0f s", wait)
+            self.relisted.clear()
+            try:
+                await self.survey()
+                failures = 0
             except KubeError as error:
-                log.warning("resync: %s; again in %d s", error, self.settings.resync_seconds)
+                failures += 1
+                log.warning("survey: %s", error)
+
+    async def survey(self) -> None:
+        """Ask for a look at every key for which there is something to do. Raises KubeError."""
+        survey = await Survey.take(self.kube, self.settings.namespaces)
+        for key in survey.resources():
+            started = time.monotonic()
+            try:
+                rest = await rests(self.kinds[key.kind], key, survey)
+            except Exception:
+                log.exception("%s: this is a fault of the operator", key)
+                rest = None
+            if rest is None:
+                self.queue.add(key)
+                continue
+            metrics.RECONCILE_SECONDS.labels(key.kind, "rests").observe(time.monotonic() - started)
+            if rest.requeue_after is not None:
+                self.queue.add(key, rest.requeue_after)
+            await asyncio.sleep(0)  # the watches, the workers and the probes go on meanwhile
 
     async def _serve(self, health_port: int, metrics_port: int) -> list[web.AppRunner]:
         async def health(_: web.Request) -> web.Response:

@@ -64,3 +64,16 @@ class Plan:
     """Said only when the status was written."""
     requeue_after: float | None = None
     """Look again after this many seconds, whatever happens; None waits for an event."""
+
+    def changes(self, resource: Object) -> bool:
+        """Whether carrying it out would change anything, the resource being as it was seen."""
+        told = self.status is not None and dict(self.status) != (resource.get("status") or {})
+        return told or any((self.create, self.apply, self.release, self.patch, self.delete))
+
+
+@dataclass(frozen=True)
+class Gone:
+    """There is no such resource any more."""
+
+    leavings: tuple[Object, ...] = ()
+    """Its pods that the evidence finalizer still keeps."""

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
 
-from trimtab_operator.kube import Kube, KubeError, NameConflict, Refused
+from trimtab_operator.kube import Kube, KubeError, NameConflict, Reader, Refused
 from trimtab_operator.metrics import EVENTS_DROPPED
-from trimtab_operator.plan import Event, Key, Object, Plan
+from trimtab_operator.plan import Event, Gone, Key, Object, Plan
+from trimtab_operator.survey import NotHeld, Survey
 
 log = logging.getLogger(__name__)
 
@@ -23,12 +24,36 @@ class Kind(Generic[Seen]):
     """What reconcile needs to know of a kind: how to look, how to decide, and what to say of a refusal."""
 
     name: str
-    observe: Callable[[Kube, Key], Awaitable[tuple[Object, Seen] | None]]
-    """One snapshot: the resource as it was read, and what the plan looks at. None when the resource is gone."""
+    observe: Callable[[Reader, Key], Awaitable[tuple[Object, Seen] | Gone]]
+    """One snapshot: the resource as it was read, and what the plan looks at."""
     plan: Callable[[Seen, datetime], Plan]
     """The decision. Pure."""
     hindered: Callable[[Seen, datetime, str, str], Mapping[str, Any]]
     """The status when an object cannot be made: seen, now, reason, message. Pure."""
+
+
+@dataclass(frozen=True)
+class Rest:
+    """Nothing is to be done for a resource now."""
+
+    requeue_after: float | None = None
+    """Seconds until that may have changed by itself."""
+
+
+async def rests(kind: Kind[Any], key: Key, survey: Survey) -> Rest | None:
+    """Whether a survey shows that there is nothing to do; None when only a look of its own can tell, or act.
+
+    Nothing is written on the word of a survey, which may be stale: what changes after it is told by the watches.
+    """
+    try:
+        observed = await kind.observe(survey, key)
+    except NotHeld:
+        return None
+    if isinstance(observed, Gone):
+        return None if observed.leavings else Rest()
+    resource, seen = observed
+    plan = kind.plan(seen, datetime.now(UTC))
+    return None if plan.changes(resource) else Rest(plan.requeue_after)
 
 
 async def reconcile(kind: Kind[Any], key: Key, kube: Kube) -> float | None:
@@ -37,16 +62,15 @@ async def reconcile(kind: Kind[Any], key: Key, kube: Kube) -> float | None:
     Raises KubeError for what a later look may mend; the queue waits longer each time.
     """
     observed = await kind.observe(kube, key)
-    if observed is None:
+    if isinstance(observed, Gone):
+        for pod in observed.leavings:
+            await kube.release(pod)
         return None
     resource, seen = observed
     now = datetime.now(UTC)
     plan = kind.plan(seen, now)
     try:
-        for made in plan.create:
-            await kube.create(made)
-        for made in plan.apply:
-            await kube.apply(made)
+        await make(kube, plan)
     except (NameConflict, Refused) as error:
         reason = "NameConflict" if isinstance(error, NameConflict) else "PodsRefused"
         await write(kube, resource, kind.hindered(seen, now, reason, str(error)))
@@ -62,6 +86,14 @@ async def reconcile(kind: Kind[Any], key: Key, kube: Kube) -> float | None:
     for event in plan.events:
         await emit(kube, resource, event, now)
     return plan.requeue_after
+
+
+async def make(kube: Kube, plan: Plan) -> None:
+    """Make what shall exist."""
+    for made in plan.create:
+        await kube.create(made)
+    for made in plan.apply:
+        await kube.apply(made)
 
 
 async def write(kube: Kube, resource: Object, status: Mapping[str, Any]) -> None:

@@ -82,8 +82,12 @@ def state(body: Mapping[str, Any]) -> str:
     return "New"
 
 
-def registry(ask: Callable[[Key], None], states: States) -> kopf.OperatorRegistry:
-    """The watches, each of which asks for a look at a key."""
+def registry(ask: Callable[[Key], None], relisted: Callable[[], None], states: States) -> kopf.OperatorRegistry:
+    """The watches: each change asks for a look at a key.
+
+    An event without a type is no change: the watch has begun, or begun again, with a list of what there is. What
+    happened before it nobody told, not even which key it was, so that calls `relisted`.
+    """
     made = kopf.OperatorRegistry()
     dependents = Dependents()
 
@@ -93,13 +97,18 @@ def registry(ask: Callable[[Key], None], states: States) -> kopf.OperatorRegistr
         gone = type == "DELETED"
         dependents.seen(key, None if gone else body.get("spec"))
         states.seen(key.kind, key.namespace, key.name, None if gone else state(body))
+        if type is None:
+            relisted()
+            return
         ask(key)
         for dependent in dependents.of(key):
             ask(dependent)
 
-    async def child_changed(body: Mapping[str, Any], **_: Any) -> None:
+    async def child_changed(type: str | None, body: Mapping[str, Any], **_: Any) -> None:
         key = owner(body)
-        if key is not None:
+        if type is None:
+            relisted()
+        elif key is not None:
             ask(key)
 
     for resource in RESOURCES:
@@ -115,8 +124,23 @@ async def _login(**arguments: Any) -> Any:
     return kopf.login_with_service_account(**arguments) or kopf.login_with_kubeconfig(**arguments)
 
 
+class NoDiffBase(kopf.DiffBaseStorage):
+    """Remembers nothing of an object: kopf would copy each one twice, for kinds of handlers that we have none of."""
+
+    def build(self, **_: Any) -> kopf.BodyEssence:
+        """Nothing of the object matters."""
+        return kopf.BodyEssence()
+
+    def fetch(self, **_: Any) -> None:
+        """Nothing was kept."""
+
+    def store(self, **_: Any) -> None:
+        """Nothing is kept."""
+
+
 async def _configure(settings: kopf.OperatorSettings, **arguments: Any) -> None:
     settings.posting.enabled = False
+    settings.persistence.diffbase_storage = NoDiffBase()
     settings.scanning.disabled = True
     for *_, plural in CHILDREN:
         settings.watching.label_selectors[plural] = names.CHILDREN

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
 
 from trimtab_api import inputs, names
 from trimtab_api.contract import PROGRESS_KEY, ProgressReport
@@ -12,8 +11,8 @@ from trimtab_api.v1alpha1 import FineTuneJob
 from trimtab_operator import lookup, trouble
 from trimtab_operator.finetunejob import status
 from trimtab_operator.finetunejob.seen import Seen, finished
-from trimtab_operator.kube import Kube
-from trimtab_operator.plan import Key, Object
+from trimtab_operator.kube import Reader
+from trimtab_operator.plan import Gone, Key, Object
 from trimtab_operator.settings import Settings
 from trimtab_operator.sources import Reference, referenced
 
@@ -21,39 +20,57 @@ PATIENCE_SECONDS = 4
 """A pod that does not run after this long is asked for its events."""
 
 
-async def observe(kube: Kube, key: Key, settings: Settings) -> tuple[Object, Seen] | None:
-    """Read the job and what its state makes worth reading. None when it is gone; its pods are let go then."""
-    raw = await kube.get(key.kind, key.namespace, key.name)
-    selector = names.pods_of_name(key.kind, key.name)
+async def observe(reader: Reader, key: Key, settings: Settings) -> tuple[Object, Seen] | Gone:
+    """Read the job and what its state makes worth reading."""
+    raw = await reader.get(key.kind, key.namespace, key.name)
     if raw is None:
-        for pod in await kube.list("Pod", key.namespace, labels=selector):
-            await kube.release(pod)
-        return None
+        return await lookup.gone(reader, key)
     job = FineTuneJob.read(raw)
-    every = await kube.list("Pod", key.namespace, labels=selector)
     seen = Seen(job=job, settings=settings)
-    open_attempt = seen.attempt.number if seen.attempt else None
-    trainers = [pod for pod in every if _label(pod, names.ROLE) == "trainer"]
-    mine = [pod for pod in trainers if _is_of(pod, job, open_attempt)]
-    leavings = [pod for pod in trainers if not _is_of(pod, job, open_attempt)]
     if job.metadata.deletion_timestamp or finished(job):
-        return raw, Seen(job=job, settings=settings, leavings=tuple(leavings + mine))
-    checks = [pod for pod in every if _label(pod, names.ROLE) == "preflight" and _is_of(pod, job, None, "preflight")]
-    number = open_attempt or 0
-    progress = await kube.get("ConfigMap", key.namespace, names.progress(key.name)) if number else None
-    return raw, Seen(
+        return raw, Seen(job=job, settings=settings, leavings=await lookup.evidence(reader, key))
+    if seen.attempt is None:
+        return raw, await _between_attempts(reader, key, job, settings)
+    return raw, await _within_attempt(reader, key, job, settings, seen.attempt.number)
+
+
+async def _between_attempts(reader: Reader, key: Key, job: FineTuneJob, settings: Settings) -> Seen:
+    """What the job waits for: other jobs, and the preflight."""
+    preflight = await reader.get("Job", key.namespace, names.preflight(key.name))
+    checks = await lookup.pods(reader, key.namespace, job.metadata.uid) if preflight is not None else ()
+    checks = tuple(pod for pod in checks if _label(pod, names.ROLE) == "preflight")
+    return Seen(
         job=job,
         settings=settings,
-        producers={} if number else await lookup.producers(kube, key.namespace, references(job)),
-        preflight=None if number else await kube.get("Job", key.namespace, names.preflight(key.name)),
-        preflight_pods=tuple(checks),
-        gang=await kube.get("PyTorchJob", key.namespace, names.pytorchjob(key.name, number)) if number else None,
-        pods=tuple(mine),
-        leavings=tuple(leavings),
+        producers=await lookup.producers(reader, key.namespace, references(job)),
+        preflight=preflight,
+        preflight_pods=checks,
+        leavings=await lookup.evidence(reader, key),
+        events=await _warnings(reader, key, preflight, checks, wanted=1),
+    )
+
+
+async def _within_attempt(reader: Reader, key: Key, job: FineTuneJob, settings: Settings, number: int) -> Seen:
+    """The gang, and what it reports."""
+    every = await reader.list("Pod", key.namespace, names.pods_of_name(key.kind, key.name))
+    mine = tuple(pod for pod in every if _is_of(pod, job, number))
+    gang = await reader.get("PyTorchJob", key.namespace, names.pytorchjob(key.name, number))
+    progress = await reader.get("ConfigMap", key.namespace, names.progress(key.name))
+    return Seen(
+        job=job,
+        settings=settings,
+        gang=gang,
+        pods=mine,
+        leavings=tuple(pod for pod in every if lookup.is_evidence(pod) and pod not in mine),
         progress=progress,
         report=_report(progress, job, number),
-        events=tuple(await _events(kube, key, mine if number else checks, seen)),
+        events=await _warnings(reader, key, gang, mine, job.spec.distributed.nodes),
     )
+
+
+def references(job: FineTuneJob) -> list[Reference]:
+    """The resources that the job waits for."""
+    return [found for each in inputs.named(job.spec) if (found := referenced(each.source))]
 
 
 def _label(pod: Object, name: str) -> str | None:
@@ -61,15 +78,9 @@ def _label(pod: Object, name: str) -> str | None:
     return value
 
 
-def _is_of(pod: Object, job: FineTuneJob, attempt: int | None, role: str = "trainer") -> bool:
-    if _label(pod, names.OWNER_UID) != job.metadata.uid:
-        return False
-    return role == "preflight" or (attempt is not None and _label(pod, names.ATTEMPT) == str(attempt))
-
-
-def references(job: FineTuneJob) -> list[Reference]:
-    """The resources that the job waits for."""
-    return [found for each in inputs.named(job.spec) if (found := referenced(each.source))]
+def _is_of(pod: Object, job: FineTuneJob, attempt: int) -> bool:
+    wanted = {names.OWNER_UID: job.metadata.uid, names.ROLE: "trainer", names.ATTEMPT: str(attempt)}
+    return all(_label(pod, name) == value for name, value in wanted.items())
 
 
 def _report(config_map: Object | None, job: FineTuneJob, attempt: int) -> ProgressReport | None:
@@ -80,15 +91,15 @@ def _report(config_map: Object | None, job: FineTuneJob, attempt: int) -> Progre
     return status.believed((config_map.get("data") or {}).get(PROGRESS_KEY), attempt)
 
 
-async def _events(kube: Kube, key: Key, pods: Iterable[Mapping[str, Any]], seen: Seen) -> list[Object]:
-    """The namespace's warnings, when a pod is late: nothing else tells why a volume is not mounted."""
+async def _warnings(
+    reader: Reader, key: Key, parent: Object | None, pods: Sequence[Object], wanted: int
+) -> tuple[Object, ...]:
+    """The warnings about pods that are late, and about their maker when some are missing: only they tell why."""
     late = [pod for pod in pods if not trouble.ended(pod) and not trouble.running(pod) and _age(pod) > PATIENCE_SECONDS]
-    waiting = seen.attempt is not None and not seen.attempt.reason and not list(pods)
-    if not late and not waiting and (seen.attempt is not None or seen.job.status is None):
-        return []
-    return await kube.list("Event", key.namespace, fields="type=Warning")
+    about = [*late, *([parent] if parent is not None and len(pods) < wanted else [])]
+    return await lookup.warnings(reader, key.namespace, (each["metadata"]["uid"] for each in about))
 
 
-def _age(pod: Mapping[str, Any]) -> float:
+def _age(pod: Object) -> float:
     created = pod["metadata"].get("creationTimestamp")
     return (datetime.now(UTC) - trouble.moment(created)).total_seconds() if created else 0.0
