@@ -412,6 +412,11 @@ class Layout(Model):
         return f"{self.prefix}/tokenizer"
 
     @property
+    def start(self) -> str:
+        """The factors that an adapter began with, where they were taken out of the base."""
+        return f"{self.prefix}/start"
+
+    @property
     def checkpoints(self) -> str:
         """Below it one prefix per step."""
         return f"{self.prefix}/checkpoints"

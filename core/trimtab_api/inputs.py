@@ -11,6 +11,7 @@ from trimtab_api.v1alpha1.status import ArtifactKind
 
 MODEL = "model.from"
 TOKENIZER = "model.scratch.tokenizer.from"
+CONTINUED = "tuner.continueFrom"
 
 
 @dataclass(frozen=True)
@@ -35,5 +36,18 @@ def named(spec: FineTuneJobSpec) -> Iterator[Named]:
 
 
 def further(spec: FineTuneJobSpec) -> Iterator[Named]:
-    """The models beside the one that is tuned: references, teachers, rewards."""
-    yield from ()
+    """The models beside the one that is tuned: adapters, references, teachers, rewards."""
+    yield from adapters(spec)
+
+
+def adapters(spec: FineTuneJobSpec) -> Iterator[Named]:
+    """The adapters on the tuned model that training begins with; they stand on its base, not on one of their own."""
+    if spec.tuner.continue_from is not None:
+        yield Named(CONTINUED, spec.tuner.continue_from, kinds=("adapter",))
+    for number, lower in enumerate(spec.tuner.adapters or ()):
+        yield Named(lower_adapter(number), lower.from_, kinds=("adapter",))
+
+
+def lower_adapter(number: int) -> str:
+    """The field that names an adapter which the base takes in."""
+    return f"tuner.adapters[{number}].from"

@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 import trimtab_store as store
+from trimtab_api import inputs
 from trimtab_api.conditions import Reason
 from trimtab_api.contract import DataInput, Ending, Exit, ModelInput, RunConfig
 from trimtab_api.v1alpha1.model import Scratch
@@ -40,6 +41,7 @@ from trimtab_trainer.inputs import (
     uses_hub,
 )
 from trimtab_trainer.methods import METHODS
+from trimtab_trainer.model.adapter import see_base
 from trimtab_trainer.model.chat import CHATML_TOKENS
 from trimtab_trainer.model.loading import architecture
 from trimtab_trainer.output import open_output
@@ -71,6 +73,7 @@ def check(config: RunConfig, work: Path) -> Ending:
     whole = all(each.whole for each in (*train, *held))
     models = [source for source in (config.model, config.tokenizer, *config.further) if source]
     local = [_model(source, config, work / f"model-{i}", pins) for i, source in enumerate(models)]
+    _adapters(config, models, local)
     if config.spec.model.scratch is not None:
         _scratch(config.spec.model.scratch)
     folder = local[0].path if local else None
@@ -97,7 +100,22 @@ def _pin(data: LocalData) -> PinnedInput:
     return PinnedInput(field=data.source.field, uri=data.display[:1100], digest=data.digest)
 
 
+def _adapters(config: RunConfig, models: list[ModelInput], local: list[LocalModel]) -> None:
+    """Adapters to start from stand on the base of this job."""
+    for source, each in zip(models, local, strict=True):
+        if _is_adapter(source, config):
+            see_base(each, local[0], source.field)
+
+
+def _is_adapter(source: ModelInput, config: RunConfig) -> bool:
+    return any(each.field == source.field for each in inputs.adapters(config.spec))
+
+
 def _model(source: ModelInput, config: RunConfig, into: Path, pins: Pins) -> LocalModel:
+    if _is_adapter(source, config):
+        if source.s3 is not None:
+            _weights(source, config)
+        return fetch_model(source, into, pins, only=SMALL_MODEL_FILES, patience=PATIENCE)
     whole = source is not config.tokenizer
     if whole and source.s3 is not None:
         _weights(source, config)
@@ -106,7 +124,10 @@ def _model(source: ModelInput, config: RunConfig, into: Path, pins: Pins) -> Loc
         described = architecture(local.path, source.field, local.reference)
         if whole and source.path is not None and not any(local.path.glob("*.safetensors")):
             raise _no_weights(source, local.reference)
-        _vocabulary(source, local, described.get("vocab_size"))
+        new = len(config.spec.model.new_tokens) if source is config.model else 0
+        if config.resolved.tuner_type == "full":
+            new = 0
+        _vocabulary(source, local, described.get("vocab_size"), new)
     if not (local.path / "tokenizer.json").is_file():
         hint = "Convert the tokenizer to tokenizer.json with transformers and publish it there."
         raise Fault(Reason.MODEL_INVALID, f"{source.field} {local.reference}: no tokenizer.json there", hint)
@@ -138,7 +159,8 @@ def _no_weights(source: ModelInput, reference: str) -> Fault:
     return Fault(Reason.UNSAFE_FORMAT, f"{source.field} {reference}: no *.safetensors there", hint)
 
 
-def _vocabulary(source: ModelInput, local: LocalModel, size: object) -> None:
+def _vocabulary(source: ModelInput, local: LocalModel, size: object, new: int) -> None:
+    """The tokenizer's tokens have rows in the embeddings, and so have the new ones that an adapter brings."""
     import tokenizers
 
     path = local.path / "tokenizer.json"
@@ -150,6 +172,12 @@ def _vocabulary(source: ModelInput, local: LocalModel, size: object) -> None:
             Reason.MODEL_INVALID,
             f"{source.field} {local.reference}: the tokenizer has {known} tokens, the model embeddings for {size}",
             "Publish the model with the tokenizer that it was trained with.",
+        )
+    if known + new > size:
+        raise Fault(
+            Reason.SPEC_INVALID,
+            f"model.newTokens: {known + new} tokens do not fit the {size} rows of the base's embeddings",
+            "Set tuner.type: full, which lets the embeddings grow, or tune a base that has room.",
         )
 
 

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,16 @@ from trimtab_api.contract import Manifest, RunConfig
 from trimtab_api.v1alpha1.status import Artifact, BaseReference
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.inputs import LocalModel
-from trimtab_trainer.model.adapter import name_base, settings
+from trimtab_trainer.model import beneath
+from trimtab_trainer.model.adapter import WEIGHTS, name_base, rank_of
+from trimtab_trainer.model.tuning import Tuned
 from trimtab_trainer.output import Output
 from trimtab_trainer.output import publish as upload_whole
 
 log = logging.getLogger(__name__)
 
+APART = 0.05
+"""Largest difference of two models' logits, relative to the largest logit, that the rounding of weights explains."""
 _LIBRARIES = ("trimtab", "torch", "transformers", "trl", "peft", "accelerate", "tokenizers", "safetensors")
 
 
@@ -89,20 +94,20 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write(model: Any, tokenizer: Any, stops: list[int], dtype: Any, provenance: Provenance, folder: Path) -> None:
-    """Write the artifact's files; `stops` are the ids that end an answer.
+def write(tuned: Tuned, tokenizer: Any, stops: list[int], dtype: Any, provenance: Provenance, folder: Path) -> None:
+    """Write the artifact's files; `stops` are the ids that end an answer. The model is of no use afterwards.
 
-    Raises Fault(AssertionFailed) when a saved adapter, read back, changes nothing.
+    Raises Fault(AssertionFailed) when a saved adapter, read back, changes nothing or is not what was trained.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    generation = _generation(tuned.model)
     if provenance.config.resolved.tuner_type == "lora":
-        _write_adapter(model, provenance, folder)
+        _write_adapter(tuned, provenance, folder)
     else:
-        _write_model(model, dtype, folder)
+        _write_model(tuned.model, dtype, folder)
     if provenance.template is not None:
         tokenizer.chat_template = provenance.template
     tokenizer.save_pretrained(folder)
-    generation = _generation(model)
     # The trainer replaces these by the tokenizer's single end-of-text token when it begins.
     generation.eos_token_id, generation.pad_token_id = stops, tokenizer.pad_token_id
     generation.save_pretrained(folder)
@@ -112,24 +117,29 @@ def write(model: Any, tokenizer: Any, stops: list[int], dtype: Any, provenance: 
 def upload(output: Output, folder: Path, provenance: Provenance) -> Artifact:
     """Upload and seal the artifact; its digest is what the job has made."""
     manifest: Manifest = upload_whole(output, folder, output.layout.artifact, provenance.made_by())
-    spec, adapter = provenance.config.spec, provenance.config.resolved.tuner_type == "lora"
+    adapter = provenance.config.resolved.tuner_type == "lora"
     return Artifact(
         uri=output.layout.artifact,
         digest=manifest.digest,
         kind="adapter" if adapter else "model",
         base=provenance.base_reference() if adapter else None,
         dataset_digest=provenance.dataset_digest,
-        rank=settings(spec).rank if adapter else None,
+        rank=rank_of(folder) if adapter else None,
         size_bytes=manifest.size,
     )
 
 
-def _write_adapter(model: Any, provenance: Provenance, folder: Path) -> None:
+def _write_adapter(tuned: Tuned, provenance: Provenance, folder: Path) -> None:
     assert provenance.base is not None, "an adapter has a base"
-    model.save_pretrained(folder, safe_serialization=True)
+    tuned.model.save_pretrained(folder, safe_serialization=True, selected_adapters=["default"])
+    if tuned.terms:
+        beneath.publish(folder, tuned.terms)
     name_base(folder, provenance.base.reference)
     (folder / "README.md").unlink(missing_ok=True)
-    see_effect(model, folder)
+    if tuned.terms:
+        see_equal(tuned, folder)
+    else:
+        see_effect(tuned.model, folder)
 
 
 def see_effect(model: Any, folder: Path) -> None:
@@ -137,19 +147,61 @@ def see_effect(model: Any, folder: Path) -> None:
 
     Raises Fault(AssertionFailed) when they do not differ.
     """
-    import torch
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
     model.eval()
-    result: Any = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
-    ids = torch.arange(min(32, model.get_input_embeddings().weight.shape[0])).unsqueeze(0)
-    ids = ids.to(model.get_input_embeddings().weight.device)
-    with torch.no_grad():
-        adapted = model(input_ids=ids).logits
+    result: Any = set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
+    adapted = _logits(model)
+    with warnings.catch_warnings():
+        # Biases that moved stay where they are; whether the factors change anything is asked here.
+        warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias", UserWarning)
         with model.disable_adapter():
-            plain = model(input_ids=ids).logits
-    if result.unexpected_keys or not torch.isfinite(adapted).all() or torch.equal(adapted, plain):
+            plain = _logits(model)
+    _see_change(adapted, plain, bool(result.unexpected_keys))
+
+
+def see_equal(tuned: Tuned, folder: Path) -> None:
+    """Lay the saved adapter over the base as it was, and hold its logits against those of the trained model.
+
+    Raises Fault(AssertionFailed) when they differ by more than the rounding of the weights, or equal the base's.
+    """
+    from peft import PeftModel
+
+    tuned.model.eval()
+    trained = _logits(tuned.model)
+    base = tuned.model.unload()
+    for term in reversed(tuned.terms):
+        beneath.give_back(base, term)
+    plain = _logits(base)
+    published = PeftModel.from_pretrained(base, str(folder))
+    published.eval()
+    adapted = _logits(published)
+    _see_change(adapted, plain, unread=False)
+    apart = float((adapted - trained).abs().max() / trained.abs().max())
+    log.info("the published adapter is within %.2g of the trained model", apart)
+    if apart > APART:
+        raise Fault(
+            Reason.ASSERTION_FAILED,
+            f"the published adapter's logits are {apart:.2g} apart from the trained model's",
+            "Set model.dtype: float32, or tuner.lora.initWeights: default.",
+        )
+
+
+def _logits(model: Any) -> Any:
+    """In float32, for the first tokens of the vocabulary."""
+    import torch
+
+    weight = model.get_input_embeddings().weight
+    ids = torch.arange(min(32, weight.shape[0]), device=weight.device).unsqueeze(0)
+    with torch.no_grad():
+        return model(input_ids=ids).logits.float()
+
+
+def _see_change(adapted: Any, plain: Any, unread: bool) -> None:
+    import torch
+
+    if unread or not torch.isfinite(adapted).all() or torch.equal(adapted, plain):
         raise Fault(
             Reason.ASSERTION_FAILED,
             "the saved adapter, read back, does not change the model's logits",

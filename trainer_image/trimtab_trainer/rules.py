@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
+from typing import Any, get_args
 
 import cel
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from trimtab_api.schema import RULES_KEY
 
@@ -29,11 +30,19 @@ def _walk(node: Any, path: str) -> Iterator[tuple[str, str]]:
             if value is None:
                 continue
             inner = f"{path}.{field.alias or name}"
-            yield from _judge(field.json_schema_extra, value, inner)
+            for below in _extras(field):
+                yield from _judge(below, value, inner)
             yield from _walk(value, inner)
     elif isinstance(node, list):
         for index, each in enumerate(node):
             yield from _walk(each, f"{path}[{index}]")
+
+
+def _extras(field: FieldInfo) -> Iterator[Any]:
+    """What a field carries for the generator: its own, and that of the type within an optional one."""
+    yield field.json_schema_extra
+    for part in get_args(field.annotation):
+        yield from (each.json_schema_extra for each in get_args(part)[1:] if isinstance(each, FieldInfo))
 
 
 def _judge(extra: Any, value: Any, path: str) -> Iterator[tuple[str, str]]:

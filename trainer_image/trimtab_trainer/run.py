@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from trimtab_api import inputs
 from trimtab_api.conditions import Reason
 from trimtab_api.contract import Ending, RunConfig
 from trimtab_trainer import checkpoint, publish, report
@@ -21,7 +23,7 @@ from trimtab_trainer.inputs import LocalModel, Pins, fetch_data, fetch_model
 from trimtab_trainer.merge.lineage import fetch_with_base
 from trimtab_trainer.methods import METHODS, Method
 from trimtab_trainer.methods.parts import Parts
-from trimtab_trainer.model import adapter, loading, scratch, tokenizer
+from trimtab_trainer.model import adapter, embeddings, loading, scratch, tokenizer, tuning
 from trimtab_trainer.movement import Movement
 from trimtab_trainer.notice import Notice
 from trimtab_trainer.output import Output, open_output
@@ -48,6 +50,8 @@ class Prepared:
     sequences_digest: str
     further: dict[str, LocalModel]
     """The models beside the tuned one, by field."""
+    new_tokens: list[int]
+    """Ids of the tokens that the tokenizer was given."""
 
 
 class Run:
@@ -79,9 +83,9 @@ class Run:
         self.from_step = self.step = resume.step if resume else 0
         if self.group.any(self.notice.given):
             raise Fault(Reason.PREEMPTED, f"told to leave before a step was done; step {self.step} is saved")
-        model = self._model(prepared)
-        movement = Movement(model)
-        trainer, stop = self._trainer(model, prepared, resume, work)
+        tuned = self._tuned(prepared, work)
+        movement = Movement(tuned.model)
+        trainer, stop = self._trainer(tuned.model, prepared, resume, work)
         if resume is None or not resume.finished:
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume.path))
         else:
@@ -96,7 +100,7 @@ class Run:
             )
         if self.step > 1:
             movement.see(trainer.model)
-        return self._hand_over(trainer, prepared, work)
+        return self._hand_over(trainer, prepared, tuned, work)
 
     def _prepare(self, work: Path) -> Prepared:
         group, config = self.group, self.config
@@ -105,6 +109,7 @@ class Run:
         base = self._base(work / "model", pins)
         folder = base.path if base is not None else self._scratch_tokenizer(collected, work / "tokenizer", pins)
         loaded = tokenizer.load(folder, "model.from" if base else "model.scratch.tokenizer")
+        new_tokens = embeddings.extend(loaded, config.spec.model.new_tokens)
         template = self._template(loaded, needed=collected.conversations)
         stops = tokenizer.stop_ids(loaded, template, config.spec.template.stop_tokens, _known_stops(folder))
         render = None if template is None else template.renderer()
@@ -130,12 +135,15 @@ class Run:
             validation=None if collected.validation is None else work / "validation.arrow",
             sequences_digest=f"sha256:{digest}",
             further=self._further(work / "further", pins),
+            new_tokens=new_tokens,
         )
 
     def _further(self, into: Path, pins: Pins) -> dict[str, LocalModel]:
         found = {}
+        on_the_base = {each.field for each in inputs.adapters(self.config.spec)}
         for number, source in enumerate(self.config.further):
-            found[source.field] = once_per_pod(self.group, partial(fetch_with_base, source, into / str(number), pins))
+            fetch = fetch_model if source.field in on_the_base else fetch_with_base
+            found[source.field] = once_per_pod(self.group, partial(fetch, source, into / str(number), pins))
         return found
 
     def _collect(self, into: Path, pins: Pins) -> Collected:
@@ -179,18 +187,37 @@ class Run:
         special = {name: str(token) for name, token in loaded.special_tokens_map.items() if isinstance(token, str)}
         return ChatTemplate.of(own, asked.chat_template, asked.system, special)
 
+    def _tuned(self, prepared: Prepared, work: Path) -> tuning.Tuned:
+        made_by = self._provenance(prepared).made_by()
+
+        def kept(make: Callable[[], dict[str, Any]]) -> Path:
+            """An adapter's start: made by the first attempt and taken by each later one, or the base would move."""
+            prefix, folder = self.output.layout.start, work / "start"
+
+            def publish_once() -> str:
+                known = self.output.find(prefix)
+                if known is None:
+                    adapter.write_tensors(make(), folder)
+                    known = upload_whole(self.output, folder, prefix, made_by)
+                return known.digest
+
+            digest = once(self.group, publish_once)
+            return once_per_pod(self.group, lambda: self.output.fetch(prefix, work / "start-fetched", digest))
+
+        model = self._model(prepared)
+        return tuning.tune(model, self.config, prepared.base, prepared.further, prepared.new_tokens, kept)
+
     def _model(self, prepared: Prepared) -> Any:
         spec = self.config.spec
         if prepared.base is None:
             assert spec.model.scratch is not None
-            model = scratch.build(spec.model.scratch, prepared.tokenizer, prepared.stops, spec.training.seed)
-        else:
-            model = loading.load(prepared.base, "model.from", weight_dtype(self.config))
-            loading.see_vocabulary(model, prepared.tokenizer, "model.from")
-            model.generation_config.eos_token_id = prepared.stops
-            model.generation_config.pad_token_id = prepared.tokenizer.pad_token_id
-        if self.config.resolved.tuner_type == "lora":
-            model = adapter.adapt(model, adapter.settings(spec), spec.training.seed)
+            return scratch.build(spec.model.scratch, prepared.tokenizer, prepared.stops, spec.training.seed)
+        model = loading.load(prepared.base, "model.from", weight_dtype(self.config))
+        whole = self.config.resolved.tuner_type == "full"
+        embeddings.make_room(model, prepared.tokenizer, prepared.new_tokens, whole)
+        loading.see_vocabulary(model, prepared.tokenizer, "model.from")
+        model.generation_config.eos_token_id = prepared.stops
+        model.generation_config.pad_token_id = prepared.tokenizer.pad_token_id
         return model
 
     def _trainer(
@@ -219,6 +246,7 @@ class Run:
                 further=prepared.further,
             )
         )
+        trainer.lora_plus_ratio = adapter.settings(self.config.spec).lora_plus_ratio
         trainer.remove_callback(PrinterCallback)
         keeper.trainer = watch.trainer = trainer
         if resume is not None:
@@ -236,7 +264,7 @@ class Run:
             world=self.group.place.world,
         )
 
-    def _hand_over(self, trainer: Any, prepared: Prepared, work: Path) -> Ending:
+    def _hand_over(self, trainer: Any, prepared: Prepared, tuned: tuning.Tuned, work: Path) -> Ending:
         import torch
 
         def hand_over() -> Ending:
@@ -246,7 +274,9 @@ class Run:
             upload_whole(self.output, work / "report", self.output.layout.report, provenance.made_by())
             dtype = getattr(torch, precision(self.config))
             model = trainer.accelerator.unwrap_model(trainer.model)
-            publish.write(model, prepared.tokenizer, prepared.stops, dtype, provenance, folder)
+            publish.write(
+                tuning.Tuned(model, tuned.terms), prepared.tokenizer, prepared.stops, dtype, provenance, folder
+            )
             artifact = publish.upload(self.output, folder, provenance)
             return Ending(
                 reason=Reason.SUCCEEDED,

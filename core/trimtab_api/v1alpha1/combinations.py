@@ -20,12 +20,42 @@ SCRATCH = (
         field_path=".tuner.lora",
     ),
     Rule(
+        "!has(self.model.scratch) || !has(self.tuner.freeze)",
+        "remove it: random weights that never move are of no use",
+        field_path=".tuner.freeze",
+    ),
+    Rule(
+        "!has(self.model.scratch) || !has(self.tuner.continueFrom)",
+        "remove it: no adapter was trained on random weights",
+        field_path=".tuner.continueFrom",
+    ),
+    Rule(
+        "!has(self.model.scratch) || !has(self.tuner.adapters)",
+        "remove it: no adapters were trained on random weights",
+        field_path=".tuner.adapters",
+    ),
+    Rule(
         "!has(self.model.scratch) || self.dataset.maxLength <= self.model.scratch.maxLength",
         "must not exceed model.scratch.maxLength, the longest sequence that the model is made for",
         field_path=".dataset.maxLength",
     ),
 )
 """A model from random weights."""
+
+TUNER = (
+    Rule(
+        "!has(self.tuner.continueFrom) || size(self.model.newTokens) == 0",
+        "leave it out: an adapter that goes on has no room for further tokens",
+        field_path=".model.newTokens",
+    ),
+    Rule(
+        "!has(self.tuner.lora) || self.tuner.lora.bias == 'none' || "
+        "!(self.method in ['dpo', 'kto', 'grpo', 'ppo', 'gkd'])",
+        "must be none: the method compares with the base, and biases that moved cannot be switched off",
+        field_path=".tuner.lora.bias",
+    ),
+)
+"""Tuners, models and methods."""
 
 DATA = (
     Rule(
@@ -36,5 +66,5 @@ DATA = (
 )
 """Rows and methods."""
 
-COMBINATIONS = (*SCRATCH, *DATA)
+COMBINATIONS = (*SCRATCH, *TUNER, *DATA)
 """All rows, in the order in which they are told."""

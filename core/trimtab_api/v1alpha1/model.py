@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import ConfigDict, Field
 
 from trimtab_api.schema import (
+    LIST_SET,
     Model,
     OneOf,
     Rule,
@@ -81,7 +82,12 @@ class FineTuneModel(Model):
             Rule(
                 "has(self.from) != has(self.scratch)",
                 "give exactly one of from (an existing model) and scratch (random weights)",
-            )
+            ),
+            Rule(
+                "!has(self.scratch) || size(self.newTokens) == 0",
+                "leave it out: the tokenizer of a model from scratch is made from the rows, or taken as it is",
+                field_path=".newTokens",
+            ),
         )
     )
 
@@ -89,5 +95,9 @@ class FineTuneModel(Model):
     """The model to start from."""
     scratch: Scratch | None = None
     """Start from random weights; full tuning only."""
+    new_tokens: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=256, json_schema_extra=LIST_SET)
+    ] = Field(default_factory=list)
+    """Special tokens that the tokenizer gets; each is one token from then on, and its embedding is trained. An adapter takes as many as the base's embeddings have rows to spare."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Precision of the arithmetic. auto is bfloat16 on an accelerator that has it, else float32. With full tuning the weights themselves are kept in float32."""

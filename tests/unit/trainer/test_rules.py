@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
+from tests.api.test_cel import ACCEPTED, REFUSED, Row, build
 from trimtab_api.v1alpha1.finetunejob import FineTuneJobSpec
 from trimtab_trainer import rules
 from trimtab_trainer.yamlfile import Loader
@@ -48,3 +50,33 @@ def test_every_example_keeps_every_rule(path: Path, document: dict[str, Any]) ->
 def test_a_broken_rule_names_its_field(changes: dict[str, Any], field: str, part: str) -> None:
     found = dict(rules.broken(FineTuneJobSpec.model_validate({**MINIMAL, **changes})))
     assert part in found[field]
+
+
+def read(changes: dict[str, Any]) -> FineTuneJobSpec | None:
+    """The spec of a row, or None when its shape alone is wrong already."""
+    try:
+        return FineTuneJobSpec.model_validate(build("FineTuneJob", changes)["spec"])
+    except ValidationError:
+        return None
+
+
+TABLE = [
+    row
+    for row in REFUSED
+    if row.kind == "FineTuneJob" and "Duplicate value" not in row.part and read(row.changes) is not None
+]
+
+
+@pytest.mark.parametrize("row", TABLE, ids=str)
+def test_what_the_api_server_refuses_is_refused_here(row: Row) -> None:
+    spec = read(row.changes)
+    assert spec is not None
+    assert row.part in dict(rules.broken(spec))[row.field.removeprefix("spec.")]
+
+
+@pytest.mark.parametrize("number", [n for n, (kind, _) in enumerate(ACCEPTED) if kind == "FineTuneJob"])
+def test_what_the_api_server_lets_pass_passes_here(number: int) -> None:
+    changes = {path: value for path, value in ACCEPTED[number][1].items() if value is not None}
+    spec = read(changes)
+    assert spec is not None
+    assert list(rules.broken(spec)) == []

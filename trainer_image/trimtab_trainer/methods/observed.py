@@ -19,7 +19,29 @@ class Observed:
         trainer: Any = self
         self.tokens_seen = torch.zeros((), dtype=torch.int64, device=trainer.args.device)
         """Tokens that this process has learnt from or been given; padding left out."""
+        self.lora_plus_ratio: float | None = None
+        """How much faster the second factors of an adapter learn than the first."""
         self._first_loss_seen = False
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The optimiser, with two rates for the factors of an adapter where they are asked for (LoRA+)."""
+        trainer: Any = self
+        if self.lora_plus_ratio is None or trainer.optimizer is not None:
+            base: Any = super()
+            return base.create_optimizer(model)
+        from peft.optimizers import create_loraplus_optimizer
+
+        tuned = trainer.model if model is None else model
+        kind, keywords = trainer.get_optimizer_cls_and_kwargs(trainer.args, tuned)
+        trainer.optimizer = create_loraplus_optimizer(
+            tuned,
+            kind,
+            lr=keywords.pop("lr"),
+            loraplus_lr_ratio=self.lora_plus_ratio,
+            loraplus_weight_decay=trainer.args.weight_decay,
+            **keywords,
+        )
+        return trainer.optimizer
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One forward and backward pass.
