@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from trimtab_api.conditions import Reason
 from trimtab_api.contract import Ending, RunConfig
 from trimtab_trainer import checkpoint, publish, report
 from trimtab_trainer.arguments import precision, weight_dtype
-from trimtab_trainer.data import collecting, sequences
+from trimtab_trainer.data import collecting, packing, sequences
 from trimtab_trainer.data.collecting import Collected, rows_of
 from trimtab_trainer.distributed import Group, once, once_per_pod
 from trimtab_trainer.endings import Fault
@@ -120,7 +121,7 @@ class Run:
                 encoder = self.method.encoder(config, loaded, render)
                 sequences.write(collected.validation, encoder, work / "validation.arrow")
             log.info("%d sequences of %d tokens, %d of them learnt", count.sequences, count.tokens, count.learnt)
-            return count.digest
+            return self._packed(work / "train.arrow", count.digest)
 
         digest = once_per_pod(group, tokenise)
         if len(set(group.all_of(digest))) > 1:
@@ -137,6 +138,17 @@ class Run:
             further=self._further(work / "further", pins),
             new_tokens=new_tokens,
         )
+
+    def _packed(self, sequences: Path, digest: str) -> str:
+        """Put packs in the place of sequences where the spec asks for it; returns what identifies them then."""
+        dataset = self.config.spec.dataset
+        if dataset.packing is None:
+            return digest
+        packs = sequences.with_name("packs.arrow")
+        made = packing.pack(sequences, dataset, packs)
+        packs.replace(sequences)
+        log.info("%d packs, %.0f %% full", made.packs, made.filled * 100)
+        return hashlib.sha256(f"{digest} {packing.settings(dataset)}".encode()).hexdigest()
 
     def _further(self, into: Path, pins: Pins) -> dict[str, LocalModel]:
         found = {}

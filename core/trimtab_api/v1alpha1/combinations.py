@@ -66,5 +66,22 @@ DATA = (
 )
 """Rows and methods."""
 
-COMBINATIONS = (*SCRATCH, *TUNER, *DATA)
+PACKING = (
+    Rule(
+        "!has(self.dataset.packing) || self.method == 'pretrain' || !has(self.dataset.packing.strategy) || "
+        "self.dataset.packing.strategy == 'bfd'",
+        "must be bfd: the others cut answers from their questions, which only pretrain takes",
+        field_path=".dataset.packing.strategy",
+    ),
+    Rule(
+        "!has(self.dataset.packing) || !has(self.dataset.packing.length) || "
+        "(has(self.dataset.packing.strategy) && self.dataset.packing.strategy != 'bfd') || "
+        "self.dataset.packing.length >= self.dataset.maxLength",
+        "must be at least dataset.maxLength, or a row that long fits no pack: raise it, or choose strategy: bfdSplit",
+        field_path=".dataset.packing.length",
+    ),
+)
+"""Several rows in one."""
+
+COMBINATIONS = (*SCRATCH, *TUNER, *DATA, *PACKING)
 """All rows, in the order in which they are told."""

@@ -33,6 +33,15 @@ class DataPart(Model):
 DataParts = Annotated[list[DataPart], Field(max_length=32, json_schema_extra=LIST_ATOMIC)]
 
 
+class Packing(Model):
+    """Short sequences side by side in one, so that no padding is computed. Documents never see each other."""
+
+    strategy: Literal["bfd", "bfdSplit", "wrapped"] = "bfd"
+    """bfd puts whole sequences where they fit best, bfdSplit first cuts those that are longer than a pack, wrapped fills every pack and cuts wherever it is full. The latter two are for pretrain."""
+    length: Annotated[int | None, Field(ge=8, le=1_048_576)] = None
+    """Tokens of a pack. By default maxLength."""
+
+
 class Dataset(Model):
     """The rows, and how they become sequences of tokens."""
 
@@ -62,6 +71,10 @@ class Dataset(Model):
     """Weight of tool calls in the loss; 1 counts them as any other answer, 0 leaves them out."""
     ignore_empty_think: bool = False
     """Learn nothing of the empty <think></think> that an answer without thoughts begins with."""
+    packing: Packing | None = None
+    """Pack short rows together: many times the rows per second where most are much shorter than maxLength. A row of a batch is a pack then. Validation rows stay as they are."""
+    padding_free: bool = False
+    """Join the rows of each batch into one without padding, each with attention to itself alone. Worth it with flash attention."""
     shuffle: bool = True
     """Shuffle the rows, anew each epoch."""
     seed: Annotated[int, Field(ge=0, le=2_147_483_647)] = 42

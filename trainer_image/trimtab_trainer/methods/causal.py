@@ -14,6 +14,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from trimtab_trainer.arguments import arguments
 from trimtab_trainer.data.sequences import IGNORED, WEIGHTS
+from trimtab_trainer.methods.documents import TOKENS, Apart, Documents
 from trimtab_trainer.methods.observed import Observed
 from trimtab_trainer.methods.parts import Parts
 
@@ -53,6 +54,7 @@ class CausalTrainer(Observed, SFTTrainer):
     ) -> Any:
         """Sum of the learnt tokens' losses, each times its weight, over the number of them in the global batch."""
         weights = inputs.pop(WEIGHTS, None)
+        inputs.pop(TOKENS, None)
         if return_outputs:
             base: Any = super()
             return base.compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -70,15 +72,28 @@ class CausalTrainer(Observed, SFTTrainer):
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / passes
         return loss
 
+    def count(self, inputs: Any) -> None:
+        """Count the tokens of a batch, by its masks or, where documents stand in one row, by what it says."""
+        if TOKENS in inputs:
+            self.tokens_seen += inputs[TOKENS].to(self.tokens_seen.device)
+        else:
+            super().count(inputs)
+
 
 def causal(parts: Parts) -> CausalTrainer:
     """The trainer of next-token prediction."""
+    dataset = parts.config.spec.dataset
+    several = dataset.packing is not None or dataset.padding_free
+    pad = parts.tokenizer.pad_token_id
+    # Flash attention tells documents apart in a batch of one row alone.
+    flash = "flash" in str(parts.model.config._attn_implementation)
+    collator = Documents(pad, joined=dataset.padding_free or flash) if several else Collator(pad)
     return CausalTrainer(
         model=parts.model,
         args=arguments(parts.config, parts.folder, validated=parts.validation is not None),
-        data_collator=Collator(parts.tokenizer.pad_token_id),
+        data_collator=collator,
         train_dataset=parts.train,
         eval_dataset=parts.validation,
         processing_class=parts.tokenizer,
-        callbacks=parts.callbacks,
+        callbacks=[*parts.callbacks, Apart()] if several else parts.callbacks,
     )
