@@ -255,6 +255,7 @@ class Run:
                 validation=validation,
                 folder=work / "checkpoints",
                 callbacks=[stop, keeper, watch],
+                base=prepared.base,
                 further=prepared.further,
             )
         )
