@@ -60,6 +60,7 @@ class Reason(StrEnum):
 
     # Endings
     OUT_OF_MEMORY = "OutOfMemory"
+    MEMORY_TOO_SMALL = "MemoryTooSmall"
     DISK_FULL = "DiskFull"
     STORAGE_FAILED = "StorageFailed"
     STALLED = "Stalled"
@@ -183,6 +184,10 @@ RUNBOOK: dict[Reason, Entry] = {
     Reason.OUT_OF_MEMORY: Entry(
         "Memory of the accelerator or of the pod ran out.",
         "Lower training.perDeviceBatchSize or dataset.maxLength, or raise pod.resources.",
+    ),
+    Reason.MEMORY_TOO_SMALL: Entry(
+        "The run would need more memory than the device or the pod has; nothing was started.",
+        "Make one of the changes that the message lists, or take larger devices.",
     ),
     Reason.DISK_FULL: Entry("The pod's scratch space ran out.", "Raise ephemeral-storage, or free the node's disk."),
     Reason.STORAGE_FAILED: Entry(

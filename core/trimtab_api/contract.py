@@ -19,7 +19,7 @@ from trimtab_api.schema import Model
 from trimtab_api.v1alpha1.dataset import DataPart
 from trimtab_api.v1alpha1.finetunejob import FineTuneJobSpec
 from trimtab_api.v1alpha1.mergejob import MergeJobSpec, MergeProgress
-from trimtab_api.v1alpha1.progress import Progress, ResolvedFineTune
+from trimtab_api.v1alpha1.progress import Memory, Progress, ResolvedFineTune
 from trimtab_api.v1alpha1.source import Digest, HubData, HubModel
 from trimtab_api.v1alpha1.status import Artifact, PinnedInput
 
@@ -248,6 +248,8 @@ class Ending(Model):
     """Preflight: sound rows."""
     dataset_digest: Digest | None = None
     """Preflight: identity of the rows."""
+    memory: Memory | None = None
+    """Preflight: what the run takes on one device."""
 
     def text(self) -> str:
         """The message as JSON of at most TERMINATION_LIMIT bytes; message and hint give way first."""

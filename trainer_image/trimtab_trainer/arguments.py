@@ -14,6 +14,16 @@ SAVES_IN_A_RUN = 10
 """Checkpoints in a run that says nothing of it."""
 
 
+_OPTIMIZERS = {
+    "adamw": "adamw_torch_fused",
+    "adamw8bit": "adamw_bnb_8bit",
+    "adafactor": "adafactor",
+    "lion": "lion_32bit",
+    "sgd": "sgd",
+}
+"""By the name that a spec uses, as transformers calls them."""
+
+
 class UnnumberedCpu:
     """Mixed into a library's arguments, before them in the order of bases: their CPU has no number then.
 
@@ -68,6 +78,7 @@ def common(config: RunConfig, folder: Path, validated: bool) -> dict[str, Any]:
         max_steps=training.max_steps or -1,
         learning_rate=config.resolved.learning_rate,
         **_schedule(config),
+        optim=_OPTIMIZERS[training.optimizer],
         weight_decay=training.weight_decay,
         adam_beta1=training.adam_beta1,
         adam_beta2=training.adam_beta2,
@@ -76,7 +87,10 @@ def common(config: RunConfig, folder: Path, validated: bool) -> dict[str, Any]:
         gradient_checkpointing_kwargs={"use_reentrant": False},
         seed=training.seed,
         data_seed=spec.dataset.seed,
-        train_sampling_strategy="random" if spec.dataset.shuffle else "sequential",
+        train_sampling_strategy=_sampling(config),
+        neftune_noise_alpha=training.neftune_alpha,
+        eval_on_start=training.evaluate_at_start and validated,
+        dataloader_num_workers=training.dataloader_workers,
         logging_steps=training.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
@@ -96,6 +110,12 @@ def common(config: RunConfig, folder: Path, validated: bool) -> dict[str, Any]:
         disable_tqdm=True,
         report_to=[],
     )
+
+
+def _sampling(config: RunConfig) -> str:
+    if config.spec.training.group_by_length:
+        return "group_by_length"
+    return "random" if config.spec.dataset.shuffle else "sequential"
 
 
 def _schedule(config: RunConfig) -> dict[str, Any]:

@@ -41,6 +41,7 @@ EXITS: dict[Reason, Exit] = {
     Reason.STORAGE_FAILED: Exit.STORAGE_FAILED,
     Reason.DISK_FULL: Exit.DISK_FULL,
     Reason.OUT_OF_MEMORY: Exit.OUT_OF_MEMORY,
+    Reason.MEMORY_TOO_SMALL: Exit.OUT_OF_MEMORY,
     Reason.ASSERTION_FAILED: Exit.ASSERTION_FAILED,
     Reason.STALLED: Exit.STALLED,
     Reason.PREEMPTED: Exit.PREEMPTED,

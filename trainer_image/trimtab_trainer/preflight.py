@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import fnmatch
 import importlib.util
-import itertools
 import json
 import logging
 import runpy
@@ -20,17 +19,16 @@ import tempfile
 from pathlib import Path
 
 import trimtab_store as store
-from trimtab_api import inputs
+from trimtab_api import inputs, memory
 from trimtab_api.conditions import Reason
 from trimtab_api.contract import DataInput, Ending, Exit, ModelInput, RunConfig
-from trimtab_api.inputs import SAME_VOCABULARY
 from trimtab_api.v1alpha1.model import Scratch
+from trimtab_api.v1alpha1.progress import Memory
 from trimtab_api.v1alpha1.status import PinnedInput
 from trimtab_trainer import workplace
 from trimtab_trainer.data import collecting
 from trimtab_trainer.data.collecting import Collected, rows_of
 from trimtab_trainer.data.masks import render_row
-from trimtab_trainer.data.preference import sides
 from trimtab_trainer.endings import Fault, ending_of
 from trimtab_trainer.inputs import (
     SMALL_MODEL_FILES,
@@ -46,7 +44,7 @@ from trimtab_trainer.inputs import (
 from trimtab_trainer.methods import METHODS
 from trimtab_trainer.model.adapter import see_base
 from trimtab_trainer.model.chat import CHATML_TOKENS
-from trimtab_trainer.model.loading import architecture, see_same_vocabulary
+from trimtab_trainer.model.loading import architecture
 from trimtab_trainer.output import open_output
 from trimtab_trainer.template import CHATML, ChatTemplate, special_tokens_in, template_in
 
@@ -80,10 +78,8 @@ def check(config: RunConfig, work: Path) -> Ending:
     if config.spec.model.scratch is not None:
         _scratch(config.spec.model.scratch)
     folder = local[0].path if local else None
-    for source, each in zip(models, local, strict=True):
-        if source.field in SAME_VOCABULARY and folder is not None:
-            see_same_vocabulary(folder, each.path, source.field, each.reference)
     _rows(config, collected, folder)
+    needed = _memory(config, local[0].path if config.model is not None else None)
     found = [
         PinnedInput(field=source.field, uri=each.reference, digest=each.digest)
         for source, each in zip(models, local, strict=True)
@@ -95,6 +91,7 @@ def check(config: RunConfig, work: Path) -> Ending:
         pins=[*found, *(_pin(each) for each in [*train, *held])],
         rows=collected.rows if whole else None,
         dataset_digest=collected.digest if whole else None,
+        memory=needed,
     )
 
 
@@ -111,6 +108,39 @@ def _adapters(config: RunConfig, models: list[ModelInput], local: list[LocalMode
     for source, each in zip(models, local, strict=True):
         if _is_adapter(source, config):
             see_base(each, local[0], source.field)
+
+
+def _memory(config: RunConfig, base: Path | None) -> Memory | None:
+    """What the run takes on one device; None for an architecture whose sizes are not known.
+
+    Raises Fault(MemoryTooSmall) when it is known how much there is, and the run cannot fit it.
+    """
+    shape = _shape(config, base)
+    if shape is None:
+        return None
+    way = memory.way_of(config.spec, config.resolved, shape)
+    available = _available(config, way.accelerated)
+    if available is not None and (short := memory.shortage(shape, way, available)) is not None:
+        raise Fault(Reason.MEMORY_TOO_SMALL, *short)
+    return memory.estimate(shape, way).model_copy(update={"available_bytes": available})
+
+
+def _shape(config: RunConfig, base: Path | None) -> memory.Shape | None:
+    if base is not None:
+        return memory.shape_of(json.loads((base / "config.json").read_bytes()))
+    scratch = config.spec.model.scratch
+    if scratch is None or scratch.tokenizer.train is None or scratch.extra is not None:
+        return None
+    return memory.shape_from_scratch(scratch, scratch.tokenizer.train.vocab_size)
+
+
+def _available(config: RunConfig, accelerated: bool) -> int | None:
+    """Bytes of one device, or of main memory for each process."""
+    if accelerated:
+        device = config.spec.distributed.device_memory
+        return None if device is None else int(quantity(device))
+    limit = config.spec.pod.resources.limits.get("memory")
+    return None if limit is None else int(quantity(limit) / config.resolved.processes_per_node)
 
 
 def _is_adapter(source: ModelInput, config: RunConfig) -> bool:
@@ -221,9 +251,12 @@ def _rows(config: RunConfig, collected: Collected, folder: Path | None) -> None:
     special = CHATML_TOKENS if folder is None else special_tokens_in(folder)
     template = ChatTemplate.of(own, asked.chat_template, asked.system, special)
     render = template.renderer()
-    rows = list(itertools.islice(rows_of(collected.train), RENDERED_ROWS))
-    texts = [render_row(side, render, config.resolved.loss)[0] for row in rows for side in sides(row)]
-    if learnt or config.resolved.truncation != "delete" or len(rows) < collected.rows:
+    texts = []
+    for number, row in enumerate(rows_of(collected.train)):
+        if number == RENDERED_ROWS:
+            break
+        texts.append(render_row(row, render, config.resolved.loss)[0])
+    if learnt or config.resolved.truncation != "delete" or len(texts) < collected.rows:
         return
     assert folder is not None
     _some_fit(texts, folder, config.spec.dataset.max_length)

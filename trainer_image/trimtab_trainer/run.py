@@ -14,7 +14,7 @@ from typing import Any
 from trimtab_api import inputs
 from trimtab_api.conditions import Reason
 from trimtab_api.contract import Ending, RunConfig
-from trimtab_trainer import checkpoint, publish, report
+from trimtab_trainer import checkpoint, publish, report, stopping
 from trimtab_trainer.arguments import precision, weight_dtype
 from trimtab_trainer.data import collecting, packing, sequences
 from trimtab_trainer.data.collecting import Collected, rows_of
@@ -87,7 +87,8 @@ class Run:
         tuned = self._tuned(prepared, work)
         movement = Movement(tuned.model)
         trainer, stop = self._trainer(tuned.model, prepared, resume, work)
-        if resume is None or not resume.finished:
+        over = resume is not None and stopping.is_over(self.config.spec.training.early_stopping, resume.path)
+        if resume is None or not (resume.finished or over):
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume.path))
         else:
             trainer._load_from_checkpoint(str(resume.path))
@@ -242,6 +243,8 @@ class Run:
         keeper = checkpoint.Keeper(self.output, self.group, self.config.spec.checkpoint.keep, made_by)
         watch = Watch(self.reporter, self.group, keeper, self.config.attempt, self.from_step)
         stop = StopTogether(self.notice, self.group)
+        asked = self.config.spec.training.early_stopping
+        early = [] if asked is None or prepared.validation is None else [stopping.StopEarly(asked)]
         validation = None if prepared.validation is None else Dataset.from_file(str(prepared.validation))
         trainer = self.method.trainer(
             Parts(
@@ -254,14 +257,15 @@ class Run:
                 train=Dataset.from_file(str(prepared.train)),
                 validation=validation,
                 folder=work / "checkpoints",
-                callbacks=[stop, keeper, watch],
-                base=prepared.base,
+                callbacks=[*early, stop, keeper, watch],
                 further=prepared.further,
             )
         )
         trainer.lora_plus_ratio = adapter.settings(self.config.spec).lora_plus_ratio
         trainer.remove_callback(PrinterCallback)
         keeper.trainer = watch.trainer = trainer
+        # What was evaluated before the first step is in the history that a checkpoint brings.
+        trainer.args.eval_on_start = trainer.args.eval_on_start and resume is None
         if resume is not None:
             keeper.window = resume.path / checkpoint.window_file(self.group.place.rank)
             keeper.complete = once(self.group, self.output.checkpoints)

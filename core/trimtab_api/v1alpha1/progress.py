@@ -106,6 +106,38 @@ class ResolvedFineTune(Model):
     """The inputs as they were when the first attempt began."""
 
 
+class Memory(Model):
+    """What a run takes on one device, or in one process where there is none, estimated before it starts; in bytes."""
+
+    parameters: Annotated[int, Field(ge=0)]
+    """Weights of the model."""
+    trainable_parameters: Annotated[int, Field(ge=0)]
+    """Weights that move."""
+    weights_bytes: Annotated[int, Field(ge=0)]
+    """Weights, the frozen ones included."""
+    gradients_bytes: Annotated[int, Field(ge=0)]
+    """Gradients of the weights that move."""
+    optimizer_bytes: Annotated[int, Field(ge=0)]
+    """State of the optimiser."""
+    activations_bytes: Annotated[int, Field(ge=0)]
+    """What a forward pass leaves for the backward pass, for the longest rows."""
+    overhead_bytes: Annotated[int, Field(ge=0)]
+    """Context, libraries and fragments."""
+    available_bytes: Annotated[int | None, Field(ge=0)] = None
+    """What is there, where it is known."""
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return (
+            self.weights_bytes
+            + self.gradients_bytes
+            + self.optimizer_bytes
+            + self.activations_bytes
+            + self.overhead_bytes
+        )
+
+
 class FineTuneJobStatus(Model):
     """What is known of the job."""
 
@@ -139,5 +171,7 @@ class FineTuneJobStatus(Model):
     """The newest complete checkpoints."""
     resolved: ResolvedFineTune | None = None
     """What was left to Trimtab, as it was decided."""
+    memory: Memory | None = None
+    """What the run takes on one device, estimated before it started; absent for an architecture that is not known."""
     artifact: Artifact | None = None
     """What the job made."""

@@ -11,7 +11,9 @@ from trimtab_api.schema import (
     Rule,
     rules,
 )
+from trimtab_api.v1alpha1.pod import Quantity
 
+Optimizer = Literal["adamw", "adamw8bit", "adafactor", "lion", "sgd"]
 LearningRate = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -34,6 +36,15 @@ class Scheduler(Model):
     """Rise from zero: below 1 a fraction of all steps, else a number of steps."""
     min_learning_rate: Annotated[float | None, Field(ge=0, le=1)] = None
     """Floor of the cosine."""
+
+
+class EarlyStopping(Model):
+    """When a run ends before its last step."""
+
+    patience: Annotated[int, Field(ge=1, le=1000)] = 3
+    """Evaluations in a row that do not better the best loss."""
+    threshold: Annotated[float, Field(ge=0, le=100)] = 0
+    """By how much a loss must be better to count."""
 
 
 class Training(Model):
@@ -59,11 +70,13 @@ class Training(Model):
     gradient_accumulation_steps: Annotated[int | None, Field(ge=1, le=65536)] = None
     """Forward passes to one optimiser step. By default enough for a global batch of at least 16 rows."""
     learning_rate: LearningRate | None = None
-    """Peak learning rate. By default 1e-4 for LoRA, 1e-5 for full tuning (1e-6 where it learns preferences), and 1e-3 falling to 3e-4 with size for a model from scratch."""
+    """Peak learning rate. By default 1e-4 for LoRA, 1e-5 for full tuning, and 1e-3 falling to 3e-4 with size for a model from scratch."""
     scheduler: Scheduler = Field(default_factory=Scheduler)
     """How the learning rate moves."""
+    optimizer: Optimizer = "adamw"
+    """adamw8bit (bitsandbytes) keeps the state of large tensors in a quarter of the memory; adafactor in almost none; lion keeps one moment and wants a third to a tenth of the learning rate; sgd keeps none and wants a far larger one."""
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.1
-    """AdamW's decay."""
+    """Decay of the weights, independent of the gradient."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """AdamW's decay of the first moment."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
@@ -72,6 +85,16 @@ class Training(Model):
     """Gradients are scaled down to this norm; 0 leaves them."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    neftune_alpha: Annotated[float | None, Field(gt=0, le=1000)] = None
+    """Noise on the embeddings while training (NEFTune, Jain et al. 2023, arXiv:2310.05914); 5 is the smallest that the paper tried."""
+    early_stopping: EarlyStopping | None = None
+    """End when the validation loss no longer falls. By default all steps are done."""
+    evaluate_at_start: bool = False
+    """Evaluate once before the first step, when there are validation rows."""
+    dataloader_workers: Annotated[int, Field(ge=0, le=64)] = 0
+    """Processes that put batches together ahead of time; rows are tokens already, so that 0 is right but for large media."""
+    group_by_length: bool = False
+    """Put rows of like length into one batch: less padding, and an order that is less random."""
     seed: Annotated[int, Field(ge=0, le=2_147_483_647)] = 42
     """Seed of weights, dropout and order."""
     logging_steps: Annotated[int, Field(ge=1, le=100_000)] = 5
@@ -98,5 +121,7 @@ class Distributed(Model):
     """Processes in each pod. By default the number of nvidia.com/gpu in pod.resources.limits, or 1."""
     strategy: Literal["ddp"] = "ddp"
     """ddp: each process holds the whole model, gradients are averaged."""
+    device_memory: Quantity | None = None
+    """Memory of one accelerator, for example 80Gi: a run that cannot fit is then refused before it starts. Without accelerators pod.resources.limits.memory says it."""
     timeout_seconds: Annotated[int, Field(ge=30, le=86400)] = 1800
     """How long a collective operation may wait for the other processes, in seconds."""

@@ -143,7 +143,8 @@ def inputs_hash(config: RunConfig, failures: int = 0) -> str:
     looked_at["spec"] = {
         key: value
         for key, value in config.spec.dump().items()
-        if key in ("method", "model", "dataset", "template", "tuner", "distributed", "storage", "output", "pod")
+        if key
+        in ("method", "model", "dataset", "template", "tuner", "training", "distributed", "storage", "output", "pod")
     }
     looked_at["failures"] = failures
     return hashlib.sha256(json.dumps(looked_at, sort_keys=True).encode()).hexdigest()[:32]

@@ -256,6 +256,7 @@ def start(seen: Seen, now: datetime, config: RunConfig, verdict: PodEnd | None =
         attempt=config.attempt,
         attempts=status.record(job, attempt),
         resolved=config.resolved.model_copy(update={"inputs": pins}),
+        memory=(ending.memory if ending else None) or known.memory,
         suspended_seconds=known.suspended_seconds + _was_suspended(seen, now),
     )
     return Plan(
@@ -553,7 +554,7 @@ def succeed(seen: Seen, now: datetime, end: PodEnd) -> Plan:
         update={"reason": Reason.SUCCEEDED.value, "end_time": status.stamp(now), "exit_code": 0, "message": None}
     )
     changes = status.reported(seen.job, seen.report, attempt.number)
-    progress = status.complete(changes.pop("progress", None) or status.of(seen.job).progress)
+    progress = status.complete(changes.pop("progress", None) or status.of(seen.job).progress, end.ending.step)
     artifact = end.ending.artifact
     told = status.told(
         seen.job,

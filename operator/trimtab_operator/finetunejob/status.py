@@ -155,14 +155,15 @@ def reported(job: FineTuneJob, report: ProgressReport | None, attempt: int) -> d
     return changes
 
 
-def complete(progress: Progress | None) -> Progress | None:
-    """The progress of a job that has succeeded: nothing is left."""
+def complete(progress: Progress | None, reached: int | None) -> Progress | None:
+    """The progress of a job that has succeeded at step `reached`, before the last one when it ended early."""
     if progress is None:
         return None
+    step = progress.total_steps if reached is None else min(reached, progress.total_steps)
     return progress.model_copy(
         update={
-            "step": progress.total_steps,
-            "steps": f"{progress.total_steps}/{progress.total_steps}",
+            "step": step,
+            "steps": f"{step}/{progress.total_steps}",
             "eta_seconds": 0,
             "eta": "",
         }

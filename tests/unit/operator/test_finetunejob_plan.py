@@ -24,8 +24,9 @@ from tests.unit.operator.makers import (
     terminated,
 )
 from trimtab_api.contract import Ending, ProgressReport
-from trimtab_api.v1alpha1.progress import FineTuneJobStatus, Progress
+from trimtab_api.v1alpha1.progress import FineTuneJobStatus, Memory, Progress
 from trimtab_api.v1alpha1.status import PinnedInput
+from trimtab_operator.finetunejob import status
 from trimtab_operator.finetunejob.plan import plan
 from trimtab_operator.plan import Plan
 
@@ -77,6 +78,12 @@ CASES = [
         "a mistake in the inputs is told and leaves the job waiting",
         lambda: Story().checked(Exit.DATA_INVALID, said(Reason.DATA_INVALID)),
         ("Unknown", "DataInvalid"),
+        says="what happened. What to do.",
+    ),
+    Case(
+        "a run that cannot fit waits for a change, with what would make it fit",
+        lambda: Story().checked(Exit.OUT_OF_MEMORY, said(Reason.MEMORY_TOO_SMALL)),
+        ("Unknown", "MemoryTooSmall"),
         says="what happened. What to do.",
     ),
     Case(
@@ -325,6 +332,28 @@ def test_a_restart_of_the_plan_makes_the_same_attempt() -> None:
     first, second = (plan(Story().checked(0, SOUND).seen(), NOW) for _ in range(2))
     assert first.create == second.create
     assert [made["metadata"]["name"] for made in first.create if made["kind"] == "PyTorchJob"] == ["job-1"]
+
+
+def test_the_estimate_of_memory_is_told_when_the_first_attempt_starts_and_stays() -> None:
+    memory = Memory(
+        parameters=7, trainable_parameters=2, weights_bytes=5, gradients_bytes=4, optimizer_bytes=3,
+        activations_bytes=2, overhead_bytes=1,
+    )  # fmt: skip
+    first = plan(Story().checked(0, SOUND.model_copy(update={"memory": memory})).seen(), NOW)
+    assert first.status is not None
+    assert first.status["memory"]["weightsBytes"] == 5
+    again = Story(status={**first.status, "preemptions": 1})
+    again.status["attempts"] = [{"number": 1, "startTime": at(-60), "endTime": at(-5), "reason": "Preempted"}]
+    second = plan(again.seen(), NOW)
+    assert second.status is not None
+    assert second.status["memory"] == first.status["memory"]
+
+
+@pytest.mark.parametrize(("reached", "shown"), [(None, "50/50"), (50, "50/50"), (20, "20/50")])
+def test_a_run_that_ended_early_shows_its_step(reached: int | None, shown: str) -> None:
+    done = status.complete(Progress(step=18, total_steps=50, steps="18/50"), reached)
+    assert done is not None
+    assert (done.steps, done.eta) == (shown, "")
 
 
 def test_image_and_inputs_are_pinned_by_the_first_attempt() -> None:
