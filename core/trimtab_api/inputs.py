@@ -12,6 +12,10 @@ from trimtab_api.v1alpha1.status import ArtifactKind
 MODEL = "model.from"
 TOKENIZER = "model.scratch.tokenizer.from"
 CONTINUED = "tuner.continueFrom"
+DPO_REFERENCE = "dpo.refModel"
+
+SAME_VOCABULARY = frozenset({DPO_REFERENCE})
+"""Fields of further models that are asked about the tuned model's own tokens."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ def named(spec: FineTuneJobSpec) -> Iterator[Named]:
 def further(spec: FineTuneJobSpec) -> Iterator[Named]:
     """The models beside the one that is tuned: adapters, references, teachers, rewards."""
     yield from adapters(spec)
+    if spec.dpo is not None and spec.dpo.ref_model is not None:
+        yield Named(DPO_REFERENCE, spec.dpo.ref_model)
 
 
 def adapters(spec: FineTuneJobSpec) -> Iterator[Named]:

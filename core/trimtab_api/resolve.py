@@ -11,6 +11,9 @@ from trimtab_api.v1alpha1.progress import ResolvedFineTune
 GLOBAL_BATCH = 16
 """Smallest global batch that the default accumulation reaches, in rows (ms-swift's default)."""
 
+FULL_LEARNING_RATE = {"dpo": 1e-6, "kto": 1e-6, "cpo": 1e-6, "simpo": 1e-6, "orpo": 1e-6}
+"""Of full tuning, for the methods that want less than 1e-5: a preference is a smaller step than an instruction."""
+
 GPU_RESOURCE = "nvidia.com/gpu"
 
 
@@ -27,7 +30,7 @@ def resolve(spec: FineTuneJobSpec, image: str | None = None, output_uri: str | N
     return ResolvedFineTune(
         image=image,
         tuner_type=tuner,
-        learning_rate=spec.training.learning_rate or default_learning_rate(tuner, spec.model.scratch),
+        learning_rate=spec.training.learning_rate or default_learning_rate(spec.method, tuner, spec.model.scratch),
         truncation=truncation if truncation != "auto" else ("split" if pretrain else "delete"),
         loss=loss if loss != "auto" else ("all" if pretrain else "assistant"),
         processes_per_node=processes,
@@ -46,8 +49,8 @@ def processes_per_node(spec: FineTuneJobSpec) -> int:
     return max(1, int(gpus)) if str(gpus).isdigit() else 1
 
 
-def default_learning_rate(tuner: str, scratch: Scratch | None) -> float:
+def default_learning_rate(method: str, tuner: str, scratch: Scratch | None) -> float:
     """1e-4 for adapters and 1e-5 for full tuning (ms-swift); random weights want 1e-3, large ones 3e-4."""
     if scratch is not None:
         return 1e-3 if scratch.hidden_size <= 1024 else 3e-4
-    return 1e-4 if tuner == "lora" else 1e-5
+    return 1e-4 if tuner == "lora" else FULL_LEARNING_RATE.get(method, 1e-5)

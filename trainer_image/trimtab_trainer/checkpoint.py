@@ -70,6 +70,7 @@ class Keeper(TrainerCallback):
             window = json.loads(self.window.read_text())
             self.trainer._tr_loss += window["loss"]
             self.trainer._globalstep_last_logged = window["logged"]
+            self.trainer.resume_window(window["counted"])
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Upload the checkpoint that was just written; the manifest comes last."""
@@ -77,7 +78,11 @@ class Keeper(TrainerCallback):
         folder = Path(args.output_dir) / f"{FOLDER}{step}"
         prefix = self._output.layout.checkpoint(step)
         place = self._group.place
-        window = {"loss": float(self.trainer._tr_loss), "logged": self.trainer._globalstep_last_logged}
+        window = {
+            "loss": float(self.trainer._tr_loss),
+            "logged": self.trainer._globalstep_last_logged,
+            "counted": self.trainer.window(),
+        }
         (folder / window_file(place.rank)).write_text(json.dumps(window))
         once(self._group, lambda: self._output.retract(prefix))
         mine = self._upload(folder, prefix)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 import importlib.util
+import itertools
 import json
 import logging
 import runpy
@@ -22,6 +23,7 @@ import trimtab_store as store
 from trimtab_api import inputs, memory
 from trimtab_api.conditions import Reason
 from trimtab_api.contract import DataInput, Ending, Exit, ModelInput, RunConfig
+from trimtab_api.inputs import SAME_VOCABULARY
 from trimtab_api.v1alpha1.model import Scratch
 from trimtab_api.v1alpha1.progress import Memory
 from trimtab_api.v1alpha1.status import PinnedInput
@@ -29,6 +31,7 @@ from trimtab_trainer import workplace
 from trimtab_trainer.data import collecting
 from trimtab_trainer.data.collecting import Collected, rows_of
 from trimtab_trainer.data.masks import render_row
+from trimtab_trainer.data.preference import sides
 from trimtab_trainer.endings import Fault, ending_of
 from trimtab_trainer.inputs import (
     SMALL_MODEL_FILES,
@@ -44,7 +47,7 @@ from trimtab_trainer.inputs import (
 from trimtab_trainer.methods import METHODS
 from trimtab_trainer.model.adapter import see_base
 from trimtab_trainer.model.chat import CHATML_TOKENS
-from trimtab_trainer.model.loading import architecture
+from trimtab_trainer.model.loading import architecture, see_same_vocabulary
 from trimtab_trainer.output import open_output
 from trimtab_trainer.template import CHATML, ChatTemplate, special_tokens_in, template_in
 
@@ -78,6 +81,9 @@ def check(config: RunConfig, work: Path) -> Ending:
     if config.spec.model.scratch is not None:
         _scratch(config.spec.model.scratch)
     folder = local[0].path if local else None
+    for source, each in zip(models, local, strict=True):
+        if source.field in SAME_VOCABULARY and folder is not None:
+            see_same_vocabulary(folder, each.path, source.field, each.reference)
     _rows(config, collected, folder)
     needed = _memory(config, local[0].path if config.model is not None else None)
     found = [
@@ -251,12 +257,9 @@ def _rows(config: RunConfig, collected: Collected, folder: Path | None) -> None:
     special = CHATML_TOKENS if folder is None else special_tokens_in(folder)
     template = ChatTemplate.of(own, asked.chat_template, asked.system, special)
     render = template.renderer()
-    texts = []
-    for number, row in enumerate(rows_of(collected.train)):
-        if number == RENDERED_ROWS:
-            break
-        texts.append(render_row(row, render, config.resolved.loss)[0])
-    if learnt or config.resolved.truncation != "delete" or len(texts) < collected.rows:
+    rows = list(itertools.islice(rows_of(collected.train), RENDERED_ROWS))
+    texts = [render_row(side, render, config.resolved.loss)[0] for row in rows for side in sides(row)]
+    if learnt or config.resolved.truncation != "delete" or len(rows) < collected.rows:
         return
     assert folder is not None
     _some_fit(texts, folder, config.spec.dataset.max_length)

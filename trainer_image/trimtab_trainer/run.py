@@ -258,6 +258,7 @@ class Run:
                 validation=validation,
                 folder=work / "checkpoints",
                 callbacks=[*early, stop, keeper, watch],
+                base=prepared.base,
                 further=prepared.further,
             )
         )

@@ -48,6 +48,11 @@ TUNER = (
         "leave it out: an adapter that goes on has no room for further tokens",
         field_path=".model.newTokens",
     ),
+    Rule(
+        "!has(self.tuner.lora) || self.tuner.lora.bias == 'none' || self.method in ['pretrain', 'sft']",
+        "must be none but for pretrain and sft: other methods compare with the base, and biases that moved stay moved",
+        field_path=".tuner.lora.bias",
+    ),
 )
 """Tuners, models and methods."""
 
@@ -61,6 +66,11 @@ TRAINING = (
         "!self.training.evaluateAtStart || size(self.dataset.validation) > 0 || has(self.dataset.validationSplit)",
         "needs rows to validate on: give dataset.validation or dataset.validationSplit",
         field_path=".training.evaluateAtStart",
+    ),
+    Rule(
+        "!has(self.training.neftuneAlpha) || self.method in ['pretrain', 'sft']",
+        "leave it out: noise on the embeddings is for pretrain and sft",
+        field_path=".training.neftuneAlpha",
     ),
     Rule(
         "!self.training.groupByLength || "
@@ -83,6 +93,11 @@ DATA = (
 
 PACKING = (
     Rule(
+        "!has(self.dataset.packing) || self.method in ['pretrain', 'sft']",
+        "remove it: only pretrain and sft put several rows into one",
+        field_path=".dataset.packing",
+    ),
+    Rule(
         "!has(self.dataset.packing) || self.method == 'pretrain' || !has(self.dataset.packing.strategy) || "
         "self.dataset.packing.strategy == 'bfd'",
         "must be bfd: the others cut answers from their questions, which only pretrain takes",
@@ -98,5 +113,86 @@ PACKING = (
 )
 """Several rows in one."""
 
-COMBINATIONS = (*SCRATCH, *TUNER, *TRAINING, *DATA, *PACKING)
+_PREFERENCE = "self.method in ['dpo', 'kto', 'cpo', 'simpo', 'orpo']"
+
+PREFERENCE = (
+    *(
+        Rule(
+            f"!has(self.{block}) || self.method == '{block}'",
+            f"remove it, or set method: {block}: these are that method's knobs",
+            field_path=f".{block}",
+        )
+        for block in ("dpo", "kto", "cpo", "simpo", "orpo")
+    ),
+    Rule(
+        f"!({_PREFERENCE}) || !has(self.model.scratch)",
+        "random weights have no answers to choose between: tune with sft first, and name its result in model.from",
+        field_path=".model.scratch",
+    ),
+    Rule(
+        f"!({_PREFERENCE}) || self.dataset.loss != 'all'",
+        "all would learn the prompt as well, which preferences say nothing of: choose auto, assistant or lastTurn",
+        field_path=".dataset.loss",
+    ),
+    Rule(
+        f"!({_PREFERENCE}) || self.dataset.toolCallWeight == 1.0",
+        "must be 1: preferences compare whole answers",
+        field_path=".dataset.toolCallWeight",
+    ),
+    Rule(
+        "!(self.method in ['dpo', 'kto']) || size(self.model.newTokens) == 0",
+        "leave it out: the reference does not know them; teach new tokens with sft first",
+        field_path=".model.newTokens",
+    ),
+    Rule(
+        "self.method != 'kto' || self.training.perDeviceBatchSize > 1",
+        "must be at least 2 with kto: its reference point is measured on other rows of the same forward pass",
+        field_path=".training.perDeviceBatchSize",
+    ),
+    Rule(
+        "!has(self.dpo) || !has(self.dpo.lossWeights) || self.dpo.lossWeights.size() == self.dpo.lossType.size()",
+        "must have one weight for each of dpo.lossType",
+        field_path=".dpo.lossWeights",
+    ),
+    Rule(
+        "!has(self.dpo) || self.dpo.lossType.all(each, self.dpo.lossType.exists_one(other, other == each))",
+        "names a loss twice: name it once, and weigh it with dpo.lossWeights",
+        field_path=".dpo.lossType",
+    ),
+    Rule(
+        "!has(self.dpo) || self.dpo.lossType.exists(each, each != 'sft')",
+        "sft alone compares nothing: add another loss, or use method sft",
+        field_path=".dpo.lossType",
+    ),
+    Rule(
+        "!has(self.dpo) || !has(self.dpo.rpoAlpha) || !('sft' in self.dpo.lossType)",
+        "leave it out: sft in dpo.lossType is the same term, weighed by dpo.lossWeights",
+        field_path=".dpo.rpoAlpha",
+    ),
+    Rule(
+        "!has(self.dpo) || self.dpo.labelSmoothing == 0.0 || "
+        "self.dpo.lossType.exists(each, each in ['robust', 'exoPair', 'aot', 'aotUnpaired'])",
+        "must be 0, or dpo.lossType one of robust, exoPair, aot, aotUnpaired: the other losses do not look at it",
+        field_path=".dpo.labelSmoothing",
+    ),
+    Rule(
+        "!has(self.dpo) || !('exoPair' in self.dpo.lossType) || self.dpo.labelSmoothing > 0.0",
+        "must be above 0 with exoPair; its paper recommends 1e-3",
+        field_path=".dpo.labelSmoothing",
+    ),
+    Rule(
+        "!has(self.dpo) || !self.dpo.lossType.exists(each, each in ['aot', 'aotUnpaired']) || "
+        "self.training.perDeviceBatchSize > 1",
+        "must be at least 2 with aot and aotUnpaired: they compare the sorted rows of one forward pass",
+        field_path=".training.perDeviceBatchSize",
+    ),
+    Rule(
+        "!has(self.dpo) || !self.dpo.precomputeRefLogProbs || self.distributed.nodes == 1",
+        "must be false with several nodes: the log-probabilities are kept on one pod's disk",
+        field_path=".dpo.precomputeRefLogProbs",
+    ),
+)
+"""Methods that learn from preferences."""
+
+COMBINATIONS = (*SCRATCH, *TUNER, *TRAINING, *DATA, *PACKING, *PREFERENCE)
 """All rows, in the order in which they are told."""

@@ -19,12 +19,13 @@ from trimtab_api.v1alpha1.dataset import Dataset, Template
 from trimtab_api.v1alpha1.model import FineTuneModel
 from trimtab_api.v1alpha1.output import Output
 from trimtab_api.v1alpha1.pod import Pod
+from trimtab_api.v1alpha1.preference import Cpo, Dpo, Kto, Orpo, Simpo
 from trimtab_api.v1alpha1.progress import FineTuneJobStatus
 from trimtab_api.v1alpha1.source import Storage
 from trimtab_api.v1alpha1.training import Checkpoint, Distributed, Training
 from trimtab_api.v1alpha1.tuner import Tuner
 
-Method = Literal["pretrain", "sft"]
+Method = Literal["pretrain", "sft", "dpo", "kto", "cpo", "simpo", "orpo"]
 """The tuning methods that work."""
 
 
@@ -43,7 +44,7 @@ class FineTuneJobSpec(Model):
     model_config = ConfigDict(json_schema_extra=rules(*COMBINATIONS))
 
     method: Method
-    """The tuning method. pretrain learns every token of text or conversations, sft learns the answers."""
+    """The tuning method. pretrain learns every token of text or conversations, sft learns the answers; dpo, cpo, simpo and orpo learn which of two answers is better, kto which answers are good."""
     model: FineTuneModel
     """What is tuned."""
     dataset: Dataset
@@ -58,6 +59,16 @@ class FineTuneJobSpec(Model):
     """What is kept so that a run can go on."""
     distributed: Distributed = Field(default_factory=Distributed)
     """Over how many processes the rows are spread."""
+    dpo: Dpo | None = None
+    """Knobs of method dpo."""
+    kto: Kto | None = None
+    """Knobs of method kto."""
+    cpo: Cpo | None = None
+    """Knobs of method cpo."""
+    simpo: Simpo | None = None
+    """Knobs of method simpo."""
+    orpo: Orpo | None = None
+    """Knobs of method orpo."""
     output: Output = Field(default_factory=Output)
     """Where checkpoints and the artifact go."""
     storage: Storage | None = None
@@ -86,6 +97,7 @@ class FineTuneJob(Model):
                 fixed_once_started(field)
                 for field in (
                     "method", "model", "dataset", "template", "tuner", "training", "checkpoint", "distributed",
+                    "dpo", "kto", "cpo", "simpo", "orpo",
                     "output", "storage", "pod", "retries", "activeDeadlineSeconds", "hangTimeoutSeconds",
                 )
             )

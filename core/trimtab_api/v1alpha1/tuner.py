@@ -61,7 +61,7 @@ class Lora(Model):
     alpha: Annotated[float, Field(gt=0, le=65536)] = 32
     """Scale: the update is multiplied by alpha/rank, or alpha/sqrt(rank) with rsLora."""
     dropout: Fraction | None = None
-    """Dropout before the first factor. By default 0.05, and 0 for a mixture of experts or with targetParameters."""
+    """Dropout before the first factor. By default 0.05, and 0 for a mixture of experts or with targetParameters. Methods that learn from preferences switch it off: noise would drown the small difference of two answers."""
     target_modules: Annotated[
         list[ModuleName] | None,
         Field(min_length=1, max_length=64, json_schema_extra=LIST_ATOMIC),

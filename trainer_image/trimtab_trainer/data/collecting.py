@@ -24,6 +24,9 @@ from trimtab_trainer.inputs import LocalData
 Complete = Callable[[Mapping[str, Any], Row, str, int], Row]
 """From the raw columns and the standard row (with source and row number, for messages) to the method's row."""
 
+Reshape = Callable[[Mapping[str, Any], bool, str, int], Mapping[str, Any]]
+"""From raw columns (whether plain text is asked for, source and row number) to columns that a format reads."""
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -33,6 +36,8 @@ class Needs:
     """A conversation must end with the assistant's answer."""
     text_allowed: bool
     """Plain text will do."""
+    reshape: Reshape | None = None
+    """Rewrites a method's own way of giving a conversation, before the format is read. None: nothing."""
     complete: Complete | None = None
     """What else a row must have: adds the method's own columns to a standard row. None: nothing."""
 
@@ -59,7 +64,9 @@ def standard_rows(local: LocalData, needs: Needs) -> Iterator[Row]:
     for path in local.files:
         where = _where(local, path)
         for number, raw in read(path, where):
-            renamed = _renamed(raw, part, where, number)
+            renamed: Mapping[str, Any] = _renamed(raw, part, where, number)
+            if needs.reshape is not None:
+                renamed = needs.reshape(renamed, part.format == "text", where, number)
             form = form or detect(renamed, where, number, needs.answer)
             if form == "text" and not needs.text_allowed:
                 raise Fault(

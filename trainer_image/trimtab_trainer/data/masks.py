@@ -58,19 +58,20 @@ def render_row(row: Row, render: Render | None, loss: Loss) -> tuple[str, list[S
 def render_parts(row: Row, render: Render | None, learning: Learning) -> tuple[str, list[Part]]:
     """The text of a standard row and its weighted parts, in order; what is in none is not learnt.
 
+    A row's `answers_from` is the message (in plain text, the character) before which nothing is learnt.
     Raises what render_row raises.
     """
     if "text" in row:
         text = str(row["text"])
-        return text, [Part(0, len(text))]
+        return text, [Part(row.get("answers_from", 0), len(text))]
     assert render is not None, "conversations need a template; the preflight and the loader see to it"
     spoken = _Conversation(row, render)
     try:
         if learning.loss == "all":
             return spoken.whole, _around(spoken, learning)
-        return spoken.whole, [
-            part for index in _wanted(row["messages"], learning.loss) for part in _answer(spoken, index, learning)
-        ]
+        since = row.get("answers_from", 0)
+        wanted = [index for index in _wanted(row["messages"], learning.loss) if index >= since]
+        return spoken.whole, [part for index in wanted for part in _answer(spoken, index, learning)]
     except jinja2.TemplateError as error:
         raise Fault(
             Reason.DATA_INVALID,

@@ -70,7 +70,7 @@ def standard(
     `text_allowed`: answers without any question are plain text.
     """
     if form == "text":
-        return {"text": _string(raw, "text", where, row)}
+        return {"text": string(raw, "text", where, row)}
     readers: dict[Format, Callable[[Mapping[str, Any], bool, str, int], list[Message]]] = {
         "messages": _messages,
         "sharegpt": _sharegpt,
@@ -80,7 +80,7 @@ def standard(
     messages = _with_system(readers[form](raw, needs_answer, where, row), raw, where, row)
     if text_allowed and all(message["role"] == "assistant" and message["content"] for message in messages):
         return {"text": "\n".join(message["content"] for message in messages)}
-    _see_turns(messages, needs_answer, Place(where, row, _name(raw, (*MESSAGES, *SHAREGPT)) or "messages"))
+    see_turns(messages, needs_answer, Place(where, row, _name(raw, (*MESSAGES, *SHAREGPT)) or "messages"))
     found: Row = {"messages": messages}
     if raw.get("tools"):
         found["tools"] = conversations.tools(raw["tools"], where, row)
@@ -99,19 +99,19 @@ def _sharegpt(raw: Mapping[str, Any], _needs_answer: bool, where: str, row: int)
 
 
 def _query_response(raw: Mapping[str, Any], needs_answer: bool, where: str, row: int) -> list[Message]:
-    question = _string(raw, _name(raw, QUERY) or QUERY[0], where, row)
+    question = string(raw, _name(raw, QUERY) or QUERY[0], where, row)
     messages = [*_history(raw, where, row), {"role": "user", "content": question}]
     response = _name(raw, RESPONSE)
     if response is None and not needs_answer:
         return messages
-    return [*messages, {"role": "assistant", "content": _string(raw, response or RESPONSE[0], where, row)}]
+    return [*messages, {"role": "assistant", "content": string(raw, response or RESPONSE[0], where, row)}]
 
 
 def _alpaca(raw: Mapping[str, Any], _needs_answer: bool, where: str, row: int) -> list[Message]:
-    question = _string(raw, "instruction", where, row)
+    question = string(raw, "instruction", where, row)
     if raw.get("input"):
-        question += "\n" + _string(raw, "input", where, row)
-    answer = {"role": "assistant", "content": _string(raw, "output", where, row)}
+        question += "\n" + string(raw, "input", where, row)
+    answer = {"role": "assistant", "content": string(raw, "output", where, row)}
     return [*_history(raw, where, row), {"role": "user", "content": question}, answer]
 
 
@@ -132,7 +132,7 @@ def _with_system(messages: list[Message], raw: Mapping[str, Any], where: str, ro
     name = _name(raw, SYSTEM)
     if name is None or not raw[name]:
         return messages
-    system = _string(raw, name, where, row)
+    system = string(raw, name, where, row)
     if messages[0]["role"] != "system":
         return [{"role": "system", "content": system}, *messages]
     if messages[0]["content"] != system:
@@ -140,7 +140,8 @@ def _with_system(messages: list[Message], raw: Mapping[str, Any], where: str, ro
     return messages
 
 
-def _see_turns(messages: list[Message], needs_answer: bool, place: Place) -> None:
+def see_turns(messages: list[Message], needs_answer: bool, place: Place) -> None:
+    """Raise Fault(DataInvalid) when nobody asks, or, with `needs_answer`, when nobody answers in the end."""
     if not any(message["role"] == "user" for message in messages):
         raise place.wrong("has no message of role user")
     if needs_answer and messages[-1]["role"] != "assistant":
@@ -161,7 +162,8 @@ def _name(raw: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
     return next((name for name in names if name in raw), None)
 
 
-def _string(raw: Mapping[str, Any], column: str, where: str, row: int) -> str:
+def string(raw: Mapping[str, Any], column: str, where: str, row: int) -> str:
+    """The text of a column. Raises Fault(DataInvalid) when it is none, or empty."""
     value = raw.get(column)
     if not isinstance(value, str):
         raise broken(where, row, f"'{column}' must be text")

@@ -39,13 +39,15 @@ class Shaping:
     max_length: int
     ends_document: bool
     """Append the end-of-text token, as pretraining separates documents."""
+    ends_text: bool = False
+    """Append it to rows of plain text, whose end nothing else tells."""
     tool_call_weight: float = 1.0
     """Weight of tool calls within answers."""
     ignore_empty_think: bool = False
     """Leave out the empty thoughts that an answer begins with."""
 
     @classmethod
-    def of(cls, config: RunConfig, ends_document: bool) -> Shaping:
+    def of(cls, config: RunConfig, ends_document: bool, ends_text: bool = False) -> Shaping:
         """As the spec asks."""
         resolved, dataset = config.resolved, config.spec.dataset
         return cls(
@@ -53,6 +55,7 @@ class Shaping:
             resolved.truncation,
             dataset.max_length,
             ends_document,
+            ends_text,
             dataset.tool_call_weight,
             dataset.ignore_empty_think,
         )
@@ -80,6 +83,12 @@ class Count:
     """Checked rows whose prompt, tokenised alone, differs from the beginning of the whole."""
     digest: str = field(default="", repr=False)
     """Over all sequences: every pod must have the same."""
+
+    def keep(self, counts: Sequence[float]) -> None:
+        """Count a sequence that stays, by its tokens' weights. The first is never learnt: nothing predicts it."""
+        self.sequences += 1
+        self.tokens += len(counts)
+        self.learnt += sum(each > 0 for each in counts[1:])
 
 
 class Encoder(Protocol):
@@ -138,20 +147,32 @@ class Language:
 
     def encode(self, rows: list[Row]) -> Iterator[dict[str, Sequence[float]]]:
         """See Encoder."""
-        for ids, counts in _sequences(rows, self._tokenizer, self._render, self._shaping, self._count):
-            yield {
-                "input_ids": ids,
-                "labels": [token if count else IGNORED for token, count in zip(ids, counts, strict=True)],
-                WEIGHTS: counts if any(count not in (0, 1) for count in counts) else [],
-            }
+        for row in weighed(rows, self._tokenizer, self._render, self._shaping, self._count):
+            self._count.rows += 1
+            for ids, counts in fit(*row, self._shaping, self._count):
+                self._count.keep(counts)
+                yield {
+                    "input_ids": ids,
+                    "labels": labels(ids, counts),
+                    WEIGHTS: counts if any(count not in (0, 1) for count in counts) else [],
+                }
 
     def conclude(self) -> Count:
         """See Encoder."""
-        _judge(self._count, self._shaping)
+        judge(self._count, self._shaping)
         return self._count
 
 
-def _judge(count: Count, shaping: Shaping) -> None:
+def labels(ids: Sequence[int], counts: Sequence[float]) -> list[int]:
+    """The tokens that are learnt; IGNORED stands for the others."""
+    return [token if count else IGNORED for token, count in zip(ids, counts, strict=True)]
+
+
+def judge(count: Count, shaping: Shaping) -> None:
+    """Say what became of the rows.
+
+    Raises Fault(DataEmpty) when nothing is left, Fault(DataInvalid) when nothing of it would be learnt.
+    """
     if not count.sequences:
         raise Fault(
             Reason.DATA_EMPTY,
@@ -174,10 +195,10 @@ def _judge(count: Count, shaping: Shaping) -> None:
         )
 
 
-def _sequences(
+def weighed(
     rows: list[Row], tokenizer: Any, render: Render | None, shaping: Shaping, count: Count
 ) -> Iterator[tuple[list[int], list[float]]]:
-    """Token ids of each sequence, with the weights of their losses."""
+    """Token ids of each row, of whatever length, with the weights of their losses."""
     rendered = [render_parts(row, render, shaping.learning) for row in rows]
     texts = [text for text, _ in rendered]
     plain = ["text" in row for row in rows]
@@ -185,19 +206,15 @@ def _sequences(
     for index, (text, parts) in enumerate(rendered):
         ids, offsets = list(encoded["input_ids"][index]), encoded["offset_mapping"][index]
         counts = weights(offsets, parts)
-        count.rows += 1
         if shaping.loss != "all" and count.checked < CHECKED_ROWS:
             _check_prompt(text, parts, ids, offsets, tokenizer, count)
         if plain[index] and tokenizer.bos_token_id is not None and _adds_bos(tokenizer):
             ids, counts = [tokenizer.bos_token_id, *ids], [0.0, *counts]
-        if shaping.ends_document and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+        ends = shaping.ends_document or (shaping.ends_text and plain[index])
+        if ends and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
             ids, counts = [*ids, tokenizer.eos_token_id], [*counts, 1.0]
         count.longest = max(count.longest, len(ids))
-        for piece in _fit(ids, counts, shaping, count):
-            count.sequences += 1
-            count.tokens += len(piece[0])
-            count.learnt += sum(each > 0 for each in piece[1][1:])
-            yield piece
+        yield ids, counts
 
 
 def _check_prompt(
@@ -213,9 +230,8 @@ def _check_prompt(
             return
 
 
-def _fit(
-    ids: list[int], counts: list[float], shaping: Shaping, count: Count
-) -> Iterator[tuple[list[int], list[float]]]:
+def fit(ids: list[int], counts: list[float], shaping: Shaping, count: Count) -> Iterator[tuple[list[int], list[float]]]:
+    """A sequence as it is when it is short enough, else what truncation leaves of it."""
     limit = shaping.max_length
     if len(ids) <= limit:
         yield ids, counts

@@ -8,7 +8,7 @@ from trimtab_api.contract import RunConfig
 from trimtab_trainer.data.collecting import Needs
 from trimtab_trainer.data.masks import Render
 from trimtab_trainer.data.sequences import Encoder
-from trimtab_trainer.methods import pretrain, sft
+from trimtab_trainer.methods import cpo, dpo, kto, orpo, pretrain, sft, simpo
 from trimtab_trainer.methods.parts import Parts
 
 
@@ -28,5 +28,13 @@ class Method(Protocol):
         ...
 
 
-METHODS: dict[str, Method] = {"pretrain": pretrain.METHOD, "sft": sft.METHOD}
+METHODS: dict[str, Method] = {
+    "pretrain": pretrain.METHOD,
+    "sft": sft.METHOD,
+    "dpo": dpo.METHOD,
+    "kto": kto.METHOD,
+    "cpo": cpo.METHOD,
+    "simpo": simpo.METHOD,
+    "orpo": orpo.METHOD,
+}
 """By the name that a spec uses."""

@@ -69,5 +69,23 @@ class Observed:
             if name.endswith("attention_mask"):
                 self.tokens_seen += mask.sum().to(self.tokens_seen.device)
 
+    def window(self) -> dict[str, Any]:
+        """The metrics that are counted but not yet logged, as JSON: what TRL's trainers gather beside the loss."""
+        trainer: Any = self
+        return {
+            "metrics": {
+                name: list(values) for name, values in getattr(trainer, "_metrics", {}).get("train", {}).items()
+            },
+            "tokens": getattr(trainer, "_total_train_tokens", 0),
+        }
+
+    def resume_window(self, window: dict[str, Any]) -> None:
+        """Go on with the metrics that an earlier process counted."""
+        trainer: Any = self
+        if hasattr(trainer, "_metrics"):
+            for name, values in window["metrics"].items():
+                trainer._metrics["train"][name] = list(values)
+            trainer._total_train_tokens = window["tokens"]
+
     def create_model_card(self, *_args: Any, **_kwargs: Any) -> None:
         """No model card: args.json tells what was done."""

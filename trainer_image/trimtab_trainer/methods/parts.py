@@ -33,5 +33,7 @@ class Parts:
     """Where checkpoints are written before they are uploaded."""
     callbacks: list[Any]
     """transformers callbacks: preemption, checkpoints, progress."""
+    base: LocalModel | None = None
+    """The model as it was before this job; None when it began from random weights."""
     further: dict[str, LocalModel] = field(default_factory=dict)
     """The models beside the tuned one (references, teachers, rewards), by field; they lie in this pod."""

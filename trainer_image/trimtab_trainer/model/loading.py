@@ -68,3 +68,18 @@ def see_vocabulary(model: Any, tokenizer: Any, field: str) -> None:
             f"{field}: the tokenizer has {len(tokenizer)} tokens, the model has embeddings for {rows}",
             "Publish the model with the tokenizer that it was trained with.",
         )
+
+
+def see_same_vocabulary(folder: Path, other: Path, field: str, reference: str) -> None:
+    """Raise Fault(ModelInvalid) when the model in `other`, which `field` names, numbers its tokens in another way."""
+    import tokenizers
+
+    ours, theirs = (
+        tokenizers.Tokenizer.from_file(str(each / "tokenizer.json")).get_vocab() for each in (folder, other)
+    )
+    if ours != theirs:
+        raise Fault(
+            Reason.MODEL_INVALID,
+            f"{field} {reference}: its tokenizer is another than the tuned model's ({len(theirs)} tokens, {len(ours)})",
+            "Name a model that was made from the same base.",
+        )

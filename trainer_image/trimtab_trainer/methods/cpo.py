@@ -1,0 +1,33 @@
+"""cpo: of two answers the better one is learnt to be likelier than the other, and to be likely; no reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trimtab_api.contract import RunConfig
+from trimtab_trainer.data.collecting import Needs
+from trimtab_trainer.data.masks import Render
+from trimtab_trainer.data.preference import Pairs, pairs_needed
+from trimtab_trainer.data.sequences import Encoder
+from trimtab_trainer.methods.parts import Parts
+
+
+class Cpo:
+    """See methods.Method."""
+
+    def needs(self, _config: RunConfig) -> Needs:
+        """Two answers to one prompt, the better one first."""
+        return pairs_needed()
+
+    def encoder(self, config: RunConfig, tokenizer: Any, render: Render | None) -> Encoder:
+        """Both answers, each after the prompt."""
+        return Pairs(config, tokenizer, render)
+
+    def trainer(self, parts: Parts) -> Any:
+        """The difference of log-probabilities, and the better answer's own loss."""
+        from trimtab_trainer.methods.reference_free import contrastive
+
+        return contrastive(parts)
+
+
+METHOD = Cpo()

@@ -1,0 +1,33 @@
+"""orpo: the better of two answers is learnt, and the odds of it against the other; no reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trimtab_api.contract import RunConfig
+from trimtab_trainer.data.collecting import Needs
+from trimtab_trainer.data.masks import Render
+from trimtab_trainer.data.preference import Pairs, pairs_needed
+from trimtab_trainer.data.sequences import Encoder
+from trimtab_trainer.methods.parts import Parts
+
+
+class Orpo:
+    """See methods.Method."""
+
+    def needs(self, _config: RunConfig) -> Needs:
+        """Two answers to one prompt, the better one first."""
+        return pairs_needed()
+
+    def encoder(self, config: RunConfig, tokenizer: Any, render: Render | None) -> Encoder:
+        """Both answers, each after the prompt."""
+        return Pairs(config, tokenizer, render)
+
+    def trainer(self, parts: Parts) -> Any:
+        """The better answer's own loss, and the odds ratio."""
+        from trimtab_trainer.methods.reference_free import odds_ratio
+
+        return odds_ratio(parts)
+
+
+METHOD = Orpo()

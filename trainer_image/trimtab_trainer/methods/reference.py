@@ -1,0 +1,46 @@
+"""What a tuned model is held against: another model, the model as it was, or the model without its adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trimtab_trainer.arguments import weight_dtype
+from trimtab_trainer.methods.parts import Parts
+from trimtab_trainer.model import loading
+
+COPY = "ref"
+"""What TRL names the copy of an adapter that it holds a tuned adapter against."""
+
+
+def reference(parts: Parts, field: str | None = None, precomputed: bool = False) -> Any:
+    """The model to compare with; None when the tuned one itself can tell, with its adapter off or before it moves.
+
+    `field`: the field that may name another model. It is of the tuned model's precision, so that both begin alike.
+    Raises Fault(ModelInvalid) when it does not open, or has other tokens.
+    """
+    named = parts.further.get(field) if field else None
+    if named is not None:
+        assert field is not None
+        assert parts.base is not None
+        loading.see_same_vocabulary(parts.base.path, named.path, field, named.reference)
+        return loading.load(named, field, weight_dtype(parts.config))
+    if precomputed or parts.config.resolved.tuner_type == "lora":
+        return None
+    assert parts.base is not None
+    return loading.load(parts.base, "model.from", weight_dtype(parts.config))
+
+
+def forget_copy(model: Any) -> None:
+    """Delete TRL's copy of an adapter that changes nothing yet: without it, the model with its adapter off is asked."""
+    config = getattr(model, "peft_config", {}).get(COPY)
+    if config is not None and _begins_at_base(model, config):
+        model.delete_adapter(COPY)
+
+
+def _begins_at_base(model: Any, config: Any) -> bool:
+    from peft import LoraConfig
+
+    if not isinstance(config, LoraConfig) or config.init_lora_weights not in (True, "gaussian"):
+        return False
+    last = [weight for name, weight in model.named_parameters() if ".lora_B." in name or ".lora_embedding_B." in name]
+    return all(not weight.detach().any() for weight in last)
