@@ -104,6 +104,8 @@ def common(config: RunConfig, folder: Path, validated: bool) -> dict[str, Any]:
         use_cpu=not torch.cuda.is_available(),
         ddp_timeout=spec.distributed.timeout_seconds,
         ddp_find_unused_parameters=False,
+        # A stream keeps its own place; no row of it is read twice.
+        ignore_data_skip=spec.dataset.streaming is not None,
         save_on_each_node=False,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),

@@ -129,13 +129,10 @@ def fetch_data(source: DataInput, into: Path, pins: Pins, patience: float = 120.
         root = Path(source.path or "")
         volume = source.part.from_.volume
         display = str(root) if volume is None else f"volume://{volume.claim_name}/{volume.path}".rstrip("/")
-        files = _data_files(root)
+        files = data_files(root)
         digest = _digest_files(root, files)
     if not files:
-        known = " ".join(DATA_SUFFIXES)
-        raise Fault(
-            Reason.OBJECT_MISSING, f"{source.field} {display}: no file of a known kind", f"Put files of {known} there."
-        )
+        raise no_file(source, display)
     pins.hold(source.field, display, digest)
     return LocalData(source, files, display, digest)
 
@@ -162,6 +159,14 @@ def fetch_beginning(source: DataInput, into: Path, pins: Pins, limit: int, lines
     return LocalData(source, [into / name for name in wanted], source.s3.uri, identity.digest, whole=False)
 
 
+def no_file(source: DataInput, display: str) -> Fault:
+    """The fault of a source without any file of rows."""
+    known = " ".join(DATA_SUFFIXES)
+    return Fault(
+        Reason.OBJECT_MISSING, f"{source.field} {display}: no file of a known kind", f"Put files of {known} there."
+    )
+
+
 def _fetch_s3(place: S3Place, into: Path, only: tuple[str, ...], patience: float) -> str:
     with store.connect(place.connection, patience=patience) as s3:
         return store.fetch(s3, place.uri, into, expected_digest=place.digest, only=only, foreign=True)
@@ -171,7 +176,7 @@ def _fetch_s3_data(place: S3Place, into: Path, patience: float) -> tuple[list[Pa
     wanted = [f"*{suffix}" for suffix in DATA_SUFFIXES]
     with store.connect(place.connection, patience=patience) as s3:
         digest = store.fetch(s3, place.uri, into, expected_digest=place.digest, only=wanted, foreign=True)
-    return _data_files(into), digest
+    return data_files(into), digest
 
 
 def _fetch_hub_model(hub: HubModel, into: Path, only: tuple[str, ...]) -> tuple[Path, str]:
@@ -181,7 +186,7 @@ def _fetch_hub_model(hub: HubModel, into: Path, only: tuple[str, ...]) -> tuple[
         commit = hf.HfApi().model_info(hub.repo, revision=hub.revision).sha
         path = hf.snapshot_download(hub.repo, revision=commit, local_dir=into, allow_patterns=list(only))
     except (hf.errors.HfHubHTTPError, hf.errors.LocalEntryNotFoundError, OSError) as error:
-        raise _hub_fault(hub.repo, hub.revision, error) from error
+        raise hub_fault(hub.repo, hub.revision, error) from error
     return Path(path), f"hf://{hub.repo}@{commit}"
 
 
@@ -198,11 +203,12 @@ def _fetch_hub_data(hub: HubData, into: Path) -> tuple[list[Path], str]:
             for row in rows:
                 stream.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
     except (hf.errors.HfHubHTTPError, hf.errors.LocalEntryNotFoundError, OSError) as error:
-        raise _hub_fault(hub.repo, hub.revision, error) from error
+        raise hub_fault(hub.repo, hub.revision, error) from error
     return [path], f"hf://datasets/{hub.repo}@{commit}"
 
 
-def _hub_fault(repo: str, revision: str, error: Exception) -> Fault:
+def hub_fault(repo: str, revision: str, error: Exception) -> Fault:
+    """What it means when the hub does not give a repository."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403, 404):
         hint = "Correct repo and revision; for a gated or private repository set HF_TOKEN in pod.env."
@@ -212,7 +218,8 @@ def _hub_fault(repo: str, revision: str, error: Exception) -> Fault:
     )
 
 
-def _data_files(root: Path) -> list[Path]:
+def data_files(root: Path) -> list[Path]:
+    """The files of rows in a folder, in order; the file itself when it is one."""
     if root.is_file():
         return [root] if root.suffix in DATA_SUFFIXES else []
     return sorted(path for path in root.rglob("*") if path.is_file() and path.suffix in DATA_SUFFIXES)

@@ -28,8 +28,9 @@ from trimtab_api.v1alpha1.model import Scratch
 from trimtab_api.v1alpha1.progress import Memory
 from trimtab_api.v1alpha1.status import PinnedInput
 from trimtab_trainer import workplace
-from trimtab_trainer.data import collecting
+from trimtab_trainer.data import collecting, streaming
 from trimtab_trainer.data.collecting import Collected, rows_of
+from trimtab_trainer.data.feeds import Feed, open_feed
 from trimtab_trainer.data.masks import render_row
 from trimtab_trainer.data.preference import sides
 from trimtab_trainer.endings import Fault, ending_of
@@ -70,11 +71,18 @@ def check(config: RunConfig, work: Path) -> Ending:
     """
     open_output(config.output, patience=PATIENCE).probe()
     pins = Pins(config.pins)
-    train = [_data(source, work / f"train-{i}", pins) for i, source in enumerate(config.train)]
+    streamed = config.spec.dataset.streaming is not None
+    feeds = [open_feed(source, pins, PATIENCE) for source in config.train] if streamed else []
+    parts = [] if streamed else config.train
+    train = [_data(source, work / f"train-{i}", pins) for i, source in enumerate(parts)]
     held = [_data(source, work / f"held-{i}", pins) for i, source in enumerate(config.validation)]
     needs = METHODS[config.spec.method].needs(config)
-    collected = collecting.collect(train, held, config.spec.dataset, needs, work / "rows")
-    whole = all(each.whole for each in (*train, *held))
+    if streamed:
+        (work / "rows").mkdir(parents=True)
+        collected = streaming.beginning(feeds, held, config.spec.dataset, needs, work / "rows")
+    else:
+        collected = collecting.collect(train, held, config.spec.dataset, needs, work / "rows")
+    whole = not streamed and all(each.whole for each in (*train, *held))
     models = [source for source in (config.model, config.tokenizer, *config.further) if source]
     local = [_model(source, config, work / f"model-{i}", pins) for i, source in enumerate(models)]
     _adapters(config, models, local)
@@ -93,8 +101,9 @@ def check(config: RunConfig, work: Path) -> Ending:
     return Ending(
         reason=Reason.INPUTS_SOUND,
         message=f"{collected.rows} rows are sound"
-        + ("" if whole else "; the rest is checked when the training starts"),
-        pins=[*found, *(_pin(each) for each in [*train, *held])],
+        + ("" if whole else "; the rest is checked when the training starts")
+        + collected.remark,
+        pins=[*found, *map(_pin, train), *map(_pin, feeds), *map(_pin, held)],
         rows=collected.rows if whole else None,
         dataset_digest=collected.digest if whole else None,
         memory=needed,
@@ -105,7 +114,7 @@ def _data(source: DataInput, into: Path, pins: Pins) -> LocalData:
     return fetch_beginning(source, into, pins, limit=WHOLE_UP_TO, lines=FIRST_LINES, patience=PATIENCE)
 
 
-def _pin(data: LocalData) -> PinnedInput:
+def _pin(data: LocalData | Feed) -> PinnedInput:
     return PinnedInput(field=data.source.field, uri=data.display[:1100], digest=data.digest)
 
 

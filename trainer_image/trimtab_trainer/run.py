@@ -6,7 +6,7 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,11 @@ from trimtab_api.conditions import Reason
 from trimtab_api.contract import Ending, RunConfig
 from trimtab_trainer import checkpoint, publish, report, stopping
 from trimtab_trainer.arguments import precision, weight_dtype
-from trimtab_trainer.data import collecting, packing, sequences
+from trimtab_trainer.data import collecting, packing, sequences, streaming
 from trimtab_trainer.data.collecting import Collected, rows_of
+from trimtab_trainer.data.feeds import open_feed
+from trimtab_trainer.data.masks import Render
+from trimtab_trainer.data.reading import Skipped, strictly
 from trimtab_trainer.distributed import Group, once, once_per_pod
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.inputs import LocalModel, Pins, fetch_data, fetch_model
@@ -49,6 +52,8 @@ class Prepared:
     train: Path
     validation: Path | None
     sequences_digest: str
+    stream: streaming.Stream | None
+    """This process's records when they are read while the training runs; train holds the first of them then."""
     further: dict[str, LocalModel]
     """The models beside the tuned one, by field."""
     new_tokens: list[int]
@@ -117,12 +122,17 @@ class Run:
         render = None if template is None else template.renderer()
 
         def tokenise() -> str:
-            count = sequences.write(collected.train, self.method.encoder(config, loaded, render), work / "train.arrow")
+            encoder, skipped = self.method.encoder(config, loaded, render), Skipped()
+            spoiled = strictly if config.spec.dataset.strict else skipped
+            count = sequences.write(collected.train, encoder, work / "train.arrow", spoiled)
             if collected.validation is not None:
                 encoder = self.method.encoder(config, loaded, render)
-                sequences.write(collected.validation, encoder, work / "validation.arrow")
+                sequences.write(collected.validation, encoder, work / "validation.arrow", spoiled)
+            if skipped.rows:
+                log.warning("%d rows were passed over, the first because %s", skipped.rows, skipped.first)
             log.info("%d sequences of %d tokens, %d of them learnt", count.sequences, count.tokens, count.learnt)
-            return self._packed(work / "train.arrow", count.digest)
+            whole = f"{count.digest} {collected.digest}" if config.spec.dataset.streaming else count.digest
+            return self._packed(work / "train.arrow", whole)
 
         digest = once_per_pod(group, tokenise)
         if len(set(group.all_of(digest))) > 1:
@@ -136,6 +146,7 @@ class Run:
             train=work / "train.arrow",
             validation=None if collected.validation is None else work / "validation.arrow",
             sequences_digest=f"sha256:{digest}",
+            stream=self._stream(loaded, render, pins),
             further=self._further(work / "further", pins),
             new_tokens=new_tokens,
         )
@@ -161,9 +172,21 @@ class Run:
 
     def _collect(self, into: Path, pins: Pins) -> Collected:
         config = self.config
-        train = [fetch_data(source, into / f"train-{i}", pins) for i, source in enumerate(config.train)]
         held = [fetch_data(source, into / f"validation-{i}", pins) for i, source in enumerate(config.validation)]
+        if config.spec.dataset.streaming is not None:
+            feeds = [open_feed(source, pins) for source in config.train]
+            into.mkdir(parents=True, exist_ok=True)
+            return streaming.beginning(feeds, held, config.spec.dataset, self.method.needs(config), into)
+        train = [fetch_data(source, into / f"train-{i}", pins) for i, source in enumerate(config.train)]
         return collecting.collect(train, held, config.spec.dataset, self.method.needs(config), into)
+
+    def _stream(self, loaded: Any, render: Render | None, pins: Pins) -> streaming.Stream | None:
+        dataset, place = self.config.spec.dataset, self.group.place
+        if dataset.streaming is None:
+            return None
+        feeds = [open_feed(source, pins) for source in self.config.train]
+        encoder = self.method.encoder(self.config, loaded, render)
+        return streaming.Stream(feeds, dataset, self.method.needs(self.config), encoder, place.rank, place.world)
 
     def _base(self, into: Path, pins: Pins) -> LocalModel | None:
         source = self.config.model
@@ -259,6 +282,7 @@ class Run:
                 folder=work / "checkpoints",
                 callbacks=[*early, stop, keeper, watch],
                 base=prepared.base,
+                stream=prepared.stream,
                 further=prepared.further,
             )
         )
@@ -285,6 +309,8 @@ class Run:
     def _hand_over(self, trainer: Any, prepared: Prepared, tuned: tuning.Tuned, work: Path) -> Ending:
         import torch
 
+        collected = self._all_skipped(prepared)
+
         def hand_over() -> Ending:
             provenance = self._provenance(prepared)
             folder, name = work / "artifact", self.config.job.name
@@ -298,15 +324,23 @@ class Run:
             artifact = publish.upload(self.output, folder, provenance)
             return Ending(
                 reason=Reason.SUCCEEDED,
-                message=f"published {artifact.kind} after {self.step} steps",
+                message=f"published {artifact.kind} after {self.step} steps{collected.remark}",
                 from_step=self.from_step,
                 step=self.step,
                 artifact=artifact,
-                rows=prepared.collected.rows,
+                rows=None if prepared.stream else collected.rows,
                 dataset_digest=prepared.collected.digest,
             )
 
         return once(self.group, hand_over)
+
+    def _all_skipped(self, prepared: Prepared) -> Collected:
+        """What was collected, with the rows that every process's stream passed over."""
+        if prepared.stream is None:
+            return prepared.collected
+        skipped = prepared.stream.skipped
+        first = next((each for each in self.group.all_of(skipped.first) if each), prepared.collected.first_skipped)
+        return replace(prepared.collected, skipped=self.group.total(skipped.rows), first_skipped=first)
 
 
 def _known_stops(folder: Path) -> list[int]:

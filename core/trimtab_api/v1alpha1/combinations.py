@@ -91,7 +91,20 @@ DATA = (
 )
 """Rows and methods."""
 
+_LANGUAGE = "self.method in ['pretrain', 'sft']"
+"""The methods that learn the next token of every row alone."""
+
 PACKING = (
+    Rule(
+        f"{_LANGUAGE} || !self.dataset.paddingFree",
+        "must be false, or method sft or pretrain: the other methods compare rows, which must stay apart",
+        field_path=".dataset.paddingFree",
+    ),
+    Rule(
+        f"{_LANGUAGE} || !self.dataset.ignoreEmptyThink",
+        "must be false, or method sft or pretrain: the other methods judge whole answers",
+        field_path=".dataset.ignoreEmptyThink",
+    ),
     Rule(
         "!has(self.dataset.packing) || self.method in ['pretrain', 'sft']",
         "remove it: only pretrain and sft put several rows into one",
@@ -194,5 +207,46 @@ PREFERENCE = (
 )
 """Methods that learn from preferences."""
 
-COMBINATIONS = (*SCRATCH, *TUNER, *TRAINING, *DATA, *PACKING, *PREFERENCE)
+_STREAMED = "!has(self.dataset.streaming)"
+
+STREAMING = (
+    Rule(
+        f"{_STREAMED} || {_LANGUAGE}",
+        "remove it, or set method: sft or pretrain: the other methods read their rows before the training",
+        field_path=".dataset.streaming",
+    ),
+    Rule(
+        f"{_STREAMED} || has(self.training.maxSteps)",
+        "must be given with dataset.streaming: nobody knows how many rows a stream has",
+        field_path=".training.maxSteps",
+    ),
+    Rule(
+        f"{_STREAMED} || !has(self.dataset.validationSplit)",
+        "leave it out with dataset.streaming, and give dataset.validation rows of their own",
+        field_path=".dataset.validationSplit",
+    ),
+    Rule(
+        f"{_STREAMED} || !has(self.dataset.packing)",
+        "leave it out with dataset.streaming: packs are made of rows that are all there",
+        field_path=".dataset.packing",
+    ),
+    Rule(
+        f"{_STREAMED} || !self.dataset.train.exists(part, has(part.sample))",
+        "leave out sample with dataset.streaming: rows are drawn from a stream by interleave.weights alone",
+        field_path=".dataset.train",
+    ),
+    Rule(
+        f"{_STREAMED} || !self.training.groupByLength",
+        "must be false with dataset.streaming: rows of like length are picked from rows that are all there",
+        field_path=".training.groupByLength",
+    ),
+    Rule(
+        f"{_STREAMED} || !has(self.model.scratch) || !has(self.model.scratch.tokenizer.train)",
+        "give tokenizer.from with dataset.streaming: a tokenizer is learnt from rows that are all there",
+        field_path=".model.scratch.tokenizer.train",
+    ),
+)
+"""Rows that are read while the training runs."""
+
+COMBINATIONS = (*SCRATCH, *TUNER, *TRAINING, *DATA, *PACKING, *PREFERENCE, *STREAMING)
 """All rows, in the order in which they are told."""

@@ -33,6 +33,24 @@ class DataPart(Model):
 DataParts = Annotated[list[DataPart], Field(max_length=32, json_schema_extra=LIST_ATOMIC)]
 
 
+class Interleave(Model):
+    """Rows drawn from the parts in turns, in place of one part after the other."""
+
+    weights: Annotated[
+        list[Annotated[float, Field(gt=0, le=1_000_000)]], Field(max_length=32, json_schema_extra=LIST_ATOMIC)
+    ] = Field(default_factory=list)
+    """How often each part is drawn, one number for each part of train; only their proportions count. By default all the same."""
+    stopping: Literal["firstExhausted", "allExhausted"] = "firstExhausted"
+    """firstExhausted ends the mixture with the first part that has no more rows; allExhausted begins such a part anew until every part has been read to its end."""
+
+
+class Streaming(Model):
+    """Rows read, checked and tokenised while the training runs: for data that no disk holds, or that need not be read whole."""
+
+    shuffle_buffer: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
+    """Rows of a process that are shuffled together, and held in memory."""
+
+
 class Packing(Model):
     """Short sequences side by side in one, so that no padding is computed. Documents never see each other."""
 
@@ -51,7 +69,13 @@ class Dataset(Model):
                 "!has(self.validationSplit) || !has(self.validation) || self.validation.size() == 0",
                 "leave it out when validation is given: the rows come from one of them",
                 field_path=".validationSplit",
-            )
+            ),
+            Rule(
+                "!has(self.interleave) || !has(self.interleave.weights) || self.interleave.weights.size() == 0 || "
+                "self.interleave.weights.size() == self.train.size()",
+                "give one weight for each part of train, or none at all",
+                field_path=".interleave.weights",
+            ),
         )
     )
 
@@ -75,6 +99,12 @@ class Dataset(Model):
     """Pack short rows together: many times the rows per second where most are much shorter than maxLength. A row of a batch is a pack then. Validation rows stay as they are."""
     padding_free: bool = False
     """Join the rows of each batch into one without padding, each with attention to itself alone. Worth it with flash attention."""
+    strict: bool = True
+    """A broken row ends the job before it starts. false passes broken rows over, counts them, and says what was wrong with the first."""
+    streaming: Streaming | None = None
+    """Read rows while the training runs. Needs training.maxSteps. Each process takes every n-th row, and a run that goes on does so with the next one. Object storage must hold .jsonl, .ndjson or .txt."""
+    interleave: Interleave | None = None
+    """Mix the parts of train by weight."""
     shuffle: bool = True
     """Shuffle the rows, anew each epoch."""
     seed: Annotated[int, Field(ge=0, le=2_147_483_647)] = 42

@@ -9,17 +9,20 @@ import array
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trimtab_api.conditions import Reason
 from trimtab_api.v1alpha1.dataset import DataPart, Dataset
-from trimtab_trainer.data.reading import broken, read
+from trimtab_trainer.data.reading import Skipped, Spoiled, broken, read, strictly
 from trimtab_trainer.data.rows import Format, Row, detect, standard
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.inputs import LocalData
+
+T = TypeVar("T")
 
 Complete = Callable[[Mapping[str, Any], Row, str, int], Row]
 """From the raw columns and the standard row (with source and row number, for messages) to the method's row."""
@@ -55,27 +58,56 @@ class Collected:
     """Identity of the rows: over their standard form, the sampling and the split."""
     conversations: bool
     """Whether some rows are conversations, which need a chat template."""
+    skipped: int = 0
+    """Broken rows that were passed over, because the spec is not strict."""
+    first_skipped: str | None = None
+    """What was wrong with the first of them."""
+
+    @property
+    def remark(self) -> str:
+        """What is to be said of rows that were passed over, after a sentence about those that were not."""
+        if not self.skipped:
+            return ""
+        return f"; {self.skipped} broken rows were passed over, the first: {(self.first_skipped or '')[:400]}"
 
 
-def standard_rows(local: LocalData, needs: Needs) -> Iterator[Row]:
-    """Each row of one source in standard form. Raises Fault(DataInvalid) at the first broken one."""
-    part = local.source.part
-    form: Format | None = None if part.format == "auto" else part.format
+class PartReader:
+    """Makes the raw rows of one part standard ones; its first row tells the format."""
+
+    def __init__(self, part: DataPart, needs: Needs):
+        self._part = part
+        self._needs = needs
+        self._form: Format | None = None if part.format == "auto" else part.format
+
+    def standard(self, raw: dict[str, Any], where: str, number: int) -> Row:
+        """The standard row. Raises Fault(DataInvalid) that says what is wrong with it."""
+        needs = self._needs
+        renamed: Mapping[str, Any] = _renamed(raw, self._part, where, number)
+        if needs.reshape is not None:
+            renamed = needs.reshape(renamed, self._part.format == "text", where, number)
+        self._form = self._form or detect(renamed, where, number, needs.answer)
+        if self._form == "text" and not needs.text_allowed:
+            raise Fault(
+                Reason.DATA_INVALID,
+                f"{where} row {number}: plain text has no answers to learn",
+                "Use method pretrain, set dataset.loss: all, or give conversations.",
+            )
+        row = standard(renamed, self._form, needs.answer, where, number, needs.text_allowed)
+        return row if needs.complete is None else needs.complete(renamed, row, where, number)
+
+
+def standard_rows(local: LocalData, needs: Needs, spoiled: Spoiled = strictly) -> Iterator[Row]:
+    """Each row of one source in standard form; a broken one goes to `spoiled`."""
+    reader = PartReader(local.source.part, needs)
     for path in local.files:
         where = _where(local, path)
-        for number, raw in read(path, where):
-            renamed: Mapping[str, Any] = _renamed(raw, part, where, number)
-            if needs.reshape is not None:
-                renamed = needs.reshape(renamed, part.format == "text", where, number)
-            form = form or detect(renamed, where, number, needs.answer)
-            if form == "text" and not needs.text_allowed:
-                raise Fault(
-                    Reason.DATA_INVALID,
-                    f"{where} row {number}: plain text has no answers to learn",
-                    "Use method pretrain, set dataset.loss: all, or give conversations.",
-                )
-            row = standard(renamed, form, needs.answer, where, number, needs.text_allowed)
-            yield row if needs.complete is None else needs.complete(renamed, row, where, number)
+        for number, raw in read(path, where, spoiled):
+            try:
+                row = reader.standard(raw, where, number)
+            except Fault as fault:
+                spoiled(fault)
+            else:
+                yield row
 
 
 def collect(
@@ -87,10 +119,14 @@ def collect(
     """
     into.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
-    everything = _Lines.write(into / "all.jsonl", _sampled(train, dataset.seed, needs, into), digest)
+    skipped = Skipped()
+    spoiled = strictly if dataset.strict else skipped
+    rows = _mixed(train, dataset, needs, into, spoiled)
+    everything = Lines.write(into / "all.jsonl", rows, digest)
     if not len(everything):
         names = ", ".join(f"{local.source.field} {local.display}" for local in train)
-        raise Fault(Reason.DATA_EMPTY, f"{names}: no row", "Add rows.")
+        broken_ones = f"no sound row, {skipped.rows} broken ones; {skipped.first}" if skipped.rows else "no row"
+        raise Fault(Reason.DATA_EMPTY, f"{names}: {broken_ones}", "Add rows.")
     held_out, validation_path = 0, None
     if dataset.validation_split:
         held_out = max(1, round(len(everything) * dataset.validation_split))
@@ -104,7 +140,8 @@ def collect(
     else:
         train_path = everything.path
     if validation:
-        lines = _Lines.write(into / "validation.jsonl", _sampled(validation, dataset.seed, needs, into), digest)
+        held = sampled(validation, dataset.seed, needs, into, spoiled)
+        lines = Lines.write(into / "validation.jsonl", held, digest)
         held_out, validation_path = len(lines), lines.path
     return Collected(
         train=train_path,
@@ -113,6 +150,8 @@ def collect(
         validation_rows=held_out,
         digest="sha256:" + digest.hexdigest(),
         conversations=everything.conversations,
+        skipped=skipped.rows,
+        first_skipped=skipped.first,
     )
 
 
@@ -123,19 +162,21 @@ def rows_of(path: Path) -> Iterator[Row]:
             yield json.loads(line)
 
 
-class _Lines:
+class Lines:
     """A file of rows whose positions are known."""
 
     def __init__(self, path: Path):
         self.path = path
         self.conversations = False
+        """Whether some rows are conversations."""
         self._starts = array.array("Q", [0])
 
     def __len__(self) -> int:
         return len(self._starts) - 1
 
     @classmethod
-    def write(cls, path: Path, rows: Iterable[Row], digest: Any = None) -> _Lines:
+    def write(cls, path: Path, rows: Iterable[Row], digest: Any = None) -> Lines:
+        """Write rows, and take each into a digest."""
         lines = cls(path)
         with path.open("wb") as stream:
             for row in rows:
@@ -148,30 +189,79 @@ class _Lines:
         return lines
 
     def pick(self, indexes: Iterable[int]) -> Iterator[bytes]:
+        """The lines at some positions."""
         with self.path.open("rb") as stream:
             for index in indexes:
                 stream.seek(self._starts[index])
                 yield stream.read(self._starts[index + 1] - self._starts[index])
 
     def copy(self, path: Path, indexes: Iterable[int]) -> Path:
+        """Write the lines at some positions into another file."""
         with path.open("wb") as stream:
             stream.writelines(self.pick(indexes))
         return path
 
 
-def _sampled(parts: list[LocalData], seed: int, needs: Needs, into: Path) -> Iterator[Row]:
-    for number, local in enumerate(parts):
-        rows = standard_rows(local, needs)
-        wanted = local.source.part.sample
-        if wanted is None:
-            yield from rows
-            continue
-        lines = _Lines.write(into / f"part-{number}.jsonl", rows)
-        if not len(lines):
-            raise Fault(Reason.DATA_EMPTY, f"{local.source.field} {local.display}: no row to sample from", "Add rows.")
-        for line in lines.pick(sample(len(lines), wanted, seed + number)):
-            yield json.loads(line)
+def _mixed(parts: list[LocalData], dataset: Dataset, needs: Needs, into: Path, spoiled: Spoiled) -> Iterator[Row]:
+    """The rows of all parts one after the other, or drawn from them in turns where the spec asks for it."""
+    if dataset.interleave is None:
+        yield from sampled(parts, dataset.seed, needs, into, spoiled)
+        return
+    written = [
+        Lines.write(into / f"turn-{number}.jsonl", _drawn(local, dataset.seed + number, needs, into, spoiled))
+        for number, local in enumerate(parts)
+    ]
+    yield from in_turns([partial(rows_of, lines.path) for lines in written], dataset)
+    for lines in written:
         lines.path.unlink()
+
+
+def in_turns(parts: Sequence[Callable[[], Iterator[T]]], dataset: Dataset) -> Iterator[T]:
+    """Items drawn from several parts, by weight, in an order that the data seed decides.
+
+    Ends when a part is drawn that has no more, or, with allExhausted, when each has had its end; those that end
+    earlier begin anew meanwhile. Raises Fault(DataEmpty) for a part that cannot.
+    """
+    assert dataset.interleave is not None
+    weights = dataset.interleave.weights or [1.0] * len(parts)
+    draw = random.Random(dataset.seed)  # noqa: S311 - a draw that must come again
+    running = [part() for part in parts]
+    ended: set[int] = set()
+    while True:
+        [number] = draw.choices(range(len(parts)), weights)
+        try:
+            item = next(running[number])
+        except StopIteration:
+            ended.add(number)
+            if dataset.interleave.stopping == "firstExhausted" or len(ended) == len(parts):
+                return
+            running[number] = parts[number]()
+            try:
+                item = next(running[number])
+            except StopIteration:
+                problem = f"dataset.train[{number}]: no row to mix in"
+                raise Fault(Reason.DATA_EMPTY, problem, "Add rows.") from None
+        yield item
+
+
+def sampled(parts: list[LocalData], seed: int, needs: Needs, into: Path, spoiled: Spoiled) -> Iterator[Row]:
+    """The rows of all parts, one part after the other, each as its sample says."""
+    for number, local in enumerate(parts):
+        yield from _drawn(local, seed + number, needs, into, spoiled)
+
+
+def _drawn(local: LocalData, seed: int, needs: Needs, into: Path, spoiled: Spoiled) -> Iterator[Row]:
+    rows = standard_rows(local, needs, spoiled)
+    wanted = local.source.part.sample
+    if wanted is None:
+        yield from rows
+        return
+    lines = Lines.write(into / "part.jsonl", rows)
+    if not len(lines):
+        raise Fault(Reason.DATA_EMPTY, f"{local.source.field} {local.display}: no row to sample from", "Add rows.")
+    for line in lines.pick(sample(len(lines), wanted, seed)):
+        yield json.loads(line)
+    lines.path.unlink()
 
 
 def sample(available: int, wanted: int, seed: int) -> list[int]:

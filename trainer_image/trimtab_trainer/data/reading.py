@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,33 @@ JSON_LIMIT = 1 << 30
 """Largest .json array, in bytes: it is read whole."""
 
 
-def read(path: Path, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
+Spoiled = Callable[[Fault], None]
+"""What becomes of a broken row: raises its fault, or returns to have the row passed over."""
+
+
+def strictly(fault: Fault) -> None:
+    """Let a broken row end everything."""
+    raise fault
+
+
+class Skipped:
+    """Passes broken rows over and counts them."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.first: str | None = None
+        """What was wrong with the first of them."""
+
+    def __call__(self, fault: Fault) -> None:
+        """Count a broken row."""
+        self.rows += 1
+        self.first = self.first or fault.message
+
+
+def read(path: Path, where: str, spoiled: Spoiled = strictly) -> Iterator[tuple[int, dict[str, Any]]]:
     """Number (from 1; the line number in .jsonl) and columns of each row of a file.
 
-    Raises Fault(DataInvalid) that names `where` and the row when a row does not parse.
+    Raises Fault(DataInvalid) that names `where` when a file does not parse; a row that does not goes to `spoiled`.
     """
     reader = {
         ".jsonl": _json_lines,
@@ -28,7 +51,7 @@ def read(path: Path, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
         ".txt": _text,
         ".parquet": _parquet,
     }[path.suffix]
-    return reader(path, where)
+    return reader(path, where, spoiled)
 
 
 def broken(where: str, row: int, problem: str, hint: str = "Correct the row; the job looks again by itself.") -> Fault:
@@ -36,14 +59,21 @@ def broken(where: str, row: int, problem: str, hint: str = "Correct the row; the
     return Fault(Reason.DATA_INVALID, f"{where} row {row}: {problem}", hint)
 
 
-def _json_lines(path: Path, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_lines(path: Path, where: str, spoiled: Spoiled) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
-            if line.strip():
-                yield number, _object(line, where, number)
+            if not line.strip():
+                continue
+            try:
+                row = parse(line, where, number)
+            except Fault as fault:
+                spoiled(fault)
+            else:
+                yield number, row
 
 
-def _object(line: bytes, where: str, number: int) -> dict[str, Any]:
+def parse(line: bytes | str, where: str, number: int) -> dict[str, Any]:
+    """The columns of a line of JSON. Raises Fault(DataInvalid) when it holds no JSON object."""
     try:
         row = json.loads(line)
     except UnicodeDecodeError as error:
@@ -55,7 +85,7 @@ def _object(line: bytes, where: str, number: int) -> dict[str, Any]:
     return row
 
 
-def _json_array(path: Path, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_array(path: Path, where: str, spoiled: Spoiled) -> Iterator[tuple[int, dict[str, Any]]]:
     if path.stat().st_size > JSON_LIMIT:
         raise broken(where, 1, "the .json file is larger than 1 GiB", "Write it as .jsonl, one object a line.")
     try:
@@ -65,12 +95,13 @@ def _json_array(path: Path, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
     if not isinstance(rows, list):
         raise Fault(Reason.DATA_INVALID, f"{where}: must be a JSON array of objects, is {_kind(rows)}")
     for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise broken(where, number, f"must be a JSON object, is {_kind(row)}")
-        yield number, row
+        if isinstance(row, dict):
+            yield number, row
+        else:
+            spoiled(broken(where, number, f"must be a JSON object, is {_kind(row)}"))
 
 
-def _csv(path: Path, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv(path: Path, where: str, spoiled: Spoiled) -> Iterator[tuple[int, dict[str, Any]]]:
     csv.field_size_limit(1 << 27)
     with path.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream, strict=True)
@@ -78,24 +109,26 @@ def _csv(path: Path, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             for number, row in enumerate(reader, start=1):
                 if None in row:
-                    raise broken(where, number, "more cells than the first line has names")
+                    spoiled(broken(where, number, "more cells than the first line has names"))
+                    continue
                 yield number, {name: value for name, value in row.items() if value not in (None, "")}
         except (csv.Error, UnicodeDecodeError) as error:
             raise broken(where, number + 1, f"not CSV: {error}") from error
 
 
-def _text(path: Path, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _text(path: Path, where: str, spoiled: Spoiled) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             try:
                 text = line.decode().rstrip("\r\n")
             except UnicodeDecodeError as error:
-                raise broken(where, number, f"not UTF-8 at byte {error.start}") from error
+                spoiled(broken(where, number, f"not UTF-8 at byte {error.start}"))
+                continue
             if text.strip():
                 yield number, {"text": text}
 
 
-def _parquet(path: Path, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _parquet(path: Path, where: str, _spoiled: Spoiled) -> Iterator[tuple[int, dict[str, Any]]]:
     import pyarrow
     import pyarrow.parquet
 

@@ -13,6 +13,7 @@ from trimtab_api.conditions import Reason
 from trimtab_api.contract import RunConfig
 from trimtab_trainer.data.collecting import rows_of
 from trimtab_trainer.data.masks import Learning, Loss, Part, Render, render_parts, weights
+from trimtab_trainer.data.reading import Spoiled, strictly
 from trimtab_trainer.data.rows import Row
 from trimtab_trainer.endings import Fault
 
@@ -109,10 +110,10 @@ class Encoder(Protocol):
         ...
 
 
-def write(rows: Path, encoder: Encoder, into: Path) -> Count:
+def write(rows: Path, encoder: Encoder, into: Path, spoiled: Spoiled = strictly) -> Count:
     """Encode a collected file into the Arrow file `into`; returns what became of the rows.
 
-    Raises what the encoder raises.
+    A row that the template refuses goes to `spoiled`. Raises what else the encoder raises.
     """
     import pyarrow
 
@@ -122,7 +123,7 @@ def write(rows: Path, encoder: Encoder, into: Path) -> Count:
     with pyarrow.OSFile(str(into), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
         for batch in _batches(rows_of(rows), BATCH):
             table: dict[str, list[Sequence[float]]] = {name: [] for name in encoder.columns}
-            for record in encoder.encode(batch):
+            for record in _records(encoder, batch, spoiled):
                 told = [record[name] for name in encoder.columns if name != WEIGHTS or record[name]]
                 digest.update(repr(told).encode())
                 for name in encoder.columns:
@@ -132,6 +133,24 @@ def write(rows: Path, encoder: Encoder, into: Path) -> Count:
     count = encoder.conclude()
     count.digest = digest.hexdigest()
     return count
+
+
+def _records(encoder: Encoder, batch: list[Row], spoiled: Spoiled) -> Iterable[Mapping[str, Sequence[float]]]:
+    """The records of a batch; row by row when one of them is broken and that shall not end everything."""
+    if spoiled is strictly:
+        return encoder.encode(batch)
+    try:
+        return list(encoder.encode(batch))
+    except Fault as fault:
+        if fault.reason is not Reason.DATA_INVALID:
+            raise
+    found: list[Mapping[str, Sequence[float]]] = []
+    for row in batch:
+        try:
+            found += encoder.encode([row])
+        except Fault as fault:
+            spoiled(fault)
+    return found
 
 
 class Language:

@@ -14,6 +14,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from trimtab_trainer.arguments import arguments
 from trimtab_trainer.data.sequences import IGNORED, WEIGHTS
+from trimtab_trainer.data.streaming import Cursor, Loader, Stream
 from trimtab_trainer.methods.documents import TOKENS, Apart, Documents
 from trimtab_trainer.methods.observed import Observed
 from trimtab_trainer.methods.parts import Parts
@@ -47,7 +48,30 @@ class Collator:
 
 
 class CausalTrainer(Observed, SFTTrainer):
-    """SFTTrainer without its metrics."""
+    """SFTTrainer without its metrics.
+
+    `stream`: records in place of a data set; the trainer then counts steps alone and keeps the stream's place.
+    """
+
+    def __init__(self, stream: Stream | None = None, **parts: Any):
+        super().__init__(**parts)
+        self._stream = stream
+
+    def get_train_dataloader(self) -> Any:
+        """Batches of the data set, or of this process's stream."""
+        if self._stream is None:
+            return super().get_train_dataloader()
+        return Loader(self._stream, self.data_collator, self.args.per_device_train_batch_size)
+
+    def window(self) -> dict[str, Any]:
+        """See Observed. The place in a stream is part of it."""
+        return {**super().window(), **({} if self._stream is None else {"cursor": self._stream.cursor.dump()})}
+
+    def resume_window(self, window: dict[str, Any]) -> None:
+        """See Observed."""
+        super().resume_window(window)
+        if self._stream is not None:
+            self._stream.start = Cursor(**window["cursor"])
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -96,4 +120,5 @@ def causal(parts: Parts) -> CausalTrainer:
         eval_dataset=parts.validation,
         processing_class=parts.tokenizer,
         callbacks=[*parts.callbacks, Apart()] if several else parts.callbacks,
+        stream=parts.stream,
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab_api.contract import RunConfig
+from trimtab_trainer.data.streaming import Stream
 from trimtab_trainer.distributed import Group
 from trimtab_trainer.inputs import LocalModel
 from trimtab_trainer.template import ChatTemplate
@@ -35,5 +36,7 @@ class Parts:
     """transformers callbacks: preemption, checkpoints, progress."""
     base: LocalModel | None = None
     """The model as it was before this job; None when it began from random weights."""
+    stream: Stream | None = None
+    """Records of this process that are read while the training runs; train holds the first of them then."""
     further: dict[str, LocalModel] = field(default_factory=dict)
     """The models beside the tuned one (references, teachers, rewards), by field; they lie in this pod."""

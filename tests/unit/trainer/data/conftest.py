@@ -43,7 +43,7 @@ def train(tmp_path: Path) -> Train:
     ) -> Ending:
         from trimtab_trainer.run import Run
 
-        given = {key: fields.pop(key) for key in ("train", "attempt") if key in fields}
+        given = {key: fields.pop(key) for key in ("train", "attempt", "tokenizer") if key in fields}
         wanted = spec(dataset={"maxLength": 32, **dataset}, training=training(**steps), **fields)
         config = run_config(wanted, tmp_path / name, **given)
         notice = Notice()

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from tests.unit.trainer.conftest import lines
+from tests.unit.trainer.conftest import SCRATCH, lines
 from tests.unit.trainer.data.conftest import Train, losses, weights
 from trimtab_api.conditions import Reason
+from trimtab_api.contract import ModelInput
 from trimtab_trainer.endings import Fault
 
 pytestmark = pytest.mark.timeout(400)
@@ -23,6 +24,16 @@ def _texts(count: int = 60) -> str:
 
 def _rows(text: str) -> dict[str, Any]:
     return {"train": [{"from": {"inline": text}}]}
+
+
+def _from_base(train: Train, tmp_path: Path) -> dict[str, Any]:
+    """A model from scratch with the tokenizer of an earlier job."""
+    artifact = tmp_path / "base" / "artifact"
+    if not artifact.is_dir():
+        train("base", _rows(_texts()), {"maxSteps": 1})
+    scratch = {**SCRATCH, "tokenizer": {"from": {"fineTuneJob": {"name": "base"}}}}
+    tokenizer = ModelInput(field="model.scratch.tokenizer.from", reference="fineTuneJob/base", path=str(artifact))
+    return {"model": {"scratch": scratch}, "tokenizer": tokenizer}
 
 
 def _resumed(train: Train, tmp_path: Path, dataset: dict[str, Any], steps: dict[str, Any], **fields: Any) -> None:
@@ -40,6 +51,27 @@ def _resumed(train: Train, tmp_path: Path, dataset: dict[str, Any], steps: dict[
 def test_a_packed_run_goes_on_where_it_stopped(train: Train, tmp_path: Path) -> None:
     dataset = {**_rows(_texts()), "packing": {"strategy": "bfd"}}
     _resumed(train, tmp_path, dataset, {"maxSteps": 6, "perDeviceBatchSize": 2})
+
+
+def test_a_streamed_run_goes_on_where_it_stopped_in_a_later_epoch(train: Train, tmp_path: Path) -> None:
+    dataset = {**_rows(_texts(10)), "streaming": {"shuffleBuffer": 4}, "loss": "all"}
+    # Ten rows and four in a batch: the run is told to leave in its second epoch, in the middle of a block.
+    _resumed(train, tmp_path, dataset, {"maxSteps": 7, "gradientAccumulationSteps": 2}, **_from_base(train, tmp_path))
+
+
+def test_a_broken_row_in_a_stream_ends_the_run_with_its_number(train: Train, tmp_path: Path) -> None:
+    dataset = {**_rows(_texts(600) + "{broken\n"), "streaming": {}, "shuffle": False}
+    given = _from_base(train, tmp_path)
+    with pytest.raises(Fault, match="inline row 601: not JSON") as caught:
+        train("broken", dataset, {"maxSteps": 30, "perDeviceBatchSize": 64}, **given)
+    assert caught.value.reason is Reason.DATA_INVALID
+    ending = train(
+        "skipped",
+        {**dataset, "strict": False},
+        {"maxSteps": 12, "perDeviceBatchSize": 64},
+        **_from_base(train, tmp_path),
+    )
+    assert "1 broken rows were passed over" in ending.message
 
 
 def test_a_padding_free_run_learns_what_a_padded_one_does(train: Train, tmp_path: Path) -> None:
