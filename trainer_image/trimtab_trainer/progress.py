@@ -174,6 +174,9 @@ class MetricsReporter:
         self._gauges = {
             name: prometheus.Gauge(f"trimtab_trainer_{name}", text, registry=registry) for name, text in names.items()
         }
+        self._metric = prometheus.Gauge(
+            "trimtab_trainer_metric", "What the method logs besides, by its name.", ["name"], registry=registry
+        )
         self._server: tuple[WSGIServer, threading.Thread] | None = None
         try:
             self._server = prometheus.start_http_server(port, registry=registry)
@@ -188,6 +191,8 @@ class MetricsReporter:
             value = getattr(report.progress, name)
             if value is not None:
                 gauge.set(value)
+        for name, value in report.progress.metrics.items():
+            self._metric.labels(name).set(value)
 
     def close(self) -> None:
         """See Reporter."""

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trimtab_api import inputs
+from trimtab_api import inputs, memory
 from trimtab_api.conditions import Reason
 from trimtab_api.contract import Ending, RunConfig
 from trimtab_trainer import checkpoint, publish, report, stopping
@@ -75,6 +75,8 @@ class Run:
         """Last step that is known to be done."""
         self.from_step = 0
         """Step that the run went on from."""
+        self.speeds: list[float] = []
+        """Tokens per second between two log lines."""
 
     def __call__(self) -> Ending:
         """Train to the end and publish.
@@ -286,6 +288,7 @@ class Run:
                 further=prepared.further,
             )
         )
+        self.speeds = watch.speeds
         trainer.lora_plus_ratio = adapter.settings(self.config.spec).lora_plus_ratio
         trainer.remove_callback(PrinterCallback)
         keeper.trainer = watch.trainer = trainer
@@ -306,6 +309,26 @@ class Run:
             world=self.group.place.world,
         )
 
+    def _facts(self, prepared: Prepared, model: Any) -> dict[str, str]:
+        """What the page tells beside the curves."""
+        spec, resolved = self.config.spec, self.config.resolved
+        facts = {
+            "method": f"{spec.method}, {resolved.tuner_type}",
+            "base": "random weights" if prepared.base is None else prepared.base.reference,
+            "steps": f"{self.step}, {resolved.global_batch_size} rows each",
+            "rows": f"{prepared.collected.rows} to learn from",
+            "processes": str(resolved.world_size),
+            "peak memory": _peak(),
+        }
+        if self.speeds:
+            facts["speed"] = f"{sorted(self.speeds)[len(self.speeds) // 2]:.0f} tokens per second (median)"
+        shape = memory.shape_of(model.config.to_dict())
+        if shape is not None:
+            estimate = memory.estimate(shape, memory.way_of(spec, resolved, shape))
+            facts["weights"] = f"{estimate.parameters:,}, {estimate.trainable_parameters:,} of them move"
+            facts["estimated memory"] = memory.text(estimate.total_bytes)
+        return facts
+
     def _hand_over(self, trainer: Any, prepared: Prepared, tuned: tuning.Tuned, work: Path) -> Ending:
         import torch
 
@@ -314,7 +337,12 @@ class Run:
         def hand_over() -> Ending:
             provenance = self._provenance(prepared)
             folder, name = work / "artifact", self.config.job.name
-            report.write(trainer.state.log_history, f"{name}: {self.config.spec.method}", work / "report")
+            about = report.About(
+                title=f"{name}: {self.config.spec.method}",
+                facts=self._facts(prepared, trainer.model),
+                spec={"spec": self.config.spec.dump(), "resolved": self.config.resolved.dump()},
+            )
+            report.write(trainer.state.log_history, about, work / "report")
             upload_whole(self.output, work / "report", self.output.layout.report, provenance.made_by())
             dtype = getattr(torch, precision(self.config))
             model = trainer.accelerator.unwrap_model(trainer.model)
@@ -341,6 +369,17 @@ class Run:
         skipped = prepared.stream.skipped
         first = next((each for each in self.group.all_of(skipped.first) if each), prepared.collected.first_skipped)
         return replace(prepared.collected, skipped=self.group.total(skipped.rows), first_skipped=first)
+
+
+def _peak() -> str:
+    """The most memory that this process has held: of its device, or main memory."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return memory.text(torch.cuda.max_memory_allocated())
+    return memory.text(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def _known_stops(folder: Path) -> list[int]:

@@ -15,6 +15,12 @@ from trimtab_trainer.checkpoint import Keeper
 from trimtab_trainer.distributed import Group
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.progress import Reporter, eta_text, now_text
+from trimtab_trainer.report import metrics
+
+METRICS_KEPT = 32
+"""Names that a status holds."""
+NAME_LIMIT = 64
+"""Longest name, in characters."""
 
 
 class Watch(TrainerCallback):
@@ -29,6 +35,8 @@ class Watch(TrainerCallback):
         self._progress = Progress()
         self._began = (time.monotonic(), from_step)
         self._last = (time.monotonic(), 0)
+        self.speeds: list[float] = []
+        """Tokens per second between two log lines, of all processes."""
         self.trainer: Any = None
         """Set once the trainer exists; it counts the tokens."""
 
@@ -52,6 +60,8 @@ class Watch(TrainerCallback):
             now = time.monotonic()
             speed = (tokens - self._last[1]) / max(now - self._last[0], 1e-9)
             self._last = (now, tokens)
+            self.speeds.append(speed)
+            self._take(logs)
             self._tell(
                 state,
                 loss=logs["loss"],
@@ -60,7 +70,14 @@ class Watch(TrainerCallback):
                 tokens_per_second=round(speed, 1),
             )
         elif "eval_loss" in logs:
+            self._take(logs)
             self._tell(state, eval_loss=_finite(logs["eval_loss"]))
+
+    def _take(self, logs: dict[str, float]) -> None:
+        """Remember what is logged beside the fields of Progress, the names that were there first."""
+        told = {name: value for name, value in metrics(logs).items() if name not in Progress.model_fields}
+        known = {**self._progress.metrics, **{name[:NAME_LIMIT]: _short(value) for name, value in told.items()}}
+        self._progress = self._progress.model_copy(update={"metrics": dict(list(known.items())[:METRICS_KEPT])})
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Tell of the checkpoint."""
@@ -108,7 +125,11 @@ class Watch(TrainerCallback):
 
 def _readable(value: float | None) -> float | None:
     """Five significant digits: what a person reads in a column, and more than a loss is good for."""
-    return value if value is None else float(f"{value:.5g}")
+    return value if value is None else _short(value)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")
 
 
 def _finite(value: float | None) -> float | None:

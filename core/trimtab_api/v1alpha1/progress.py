@@ -56,6 +56,8 @@ class Progress(Model):
     """Learning rate of the last logged step."""
     grad_norm: float | None = None
     """Norm of the gradient before clipping."""
+    metrics: Annotated[dict[str, float], Field(max_length=32)] = Field(default_factory=dict)
+    """What the method logs besides, each by its name, newest values: rewards, margins, accuracies; eval_ those of the validation rows."""
     tokens_per_second: Annotated[float | None, Field(ge=0)] = None
     """Tokens of all processes per second."""
     eta_seconds: Annotated[int | None, Field(ge=0)] = None

@@ -139,12 +139,15 @@ def test_nobody_listening_fails_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 def test_metrics_are_served() -> None:
     port = free_port()
     reporter = Several(MetricsReporter(port))
-    reporter.report(_report(4))
+    told = _report(4)
+    margin = told.progress.model_copy(update={"metrics": {"rewards/margins": 0.25}}) if told.progress else None
+    reporter.report(told.model_copy(update={"progress": margin}))
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
         text = answer.read().decode()
     reporter.close()
     assert "trimtab_trainer_step 4.0" in text
     assert "trimtab_trainer_loss 0.5" in text
+    assert 'trimtab_trainer_metric{name="rewards/margins"} 0.25' in text
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(4.4, "4s"), (250, "4m10s"), (7500, "2h05m"), (-1, "0s")])
@@ -185,3 +188,56 @@ def test_a_run_finds_its_own_faults() -> None:
         see_whole(whole, 2, "s3://b/c")
     with pytest.raises(Fault, match="WORLD_SIZE is 1"):
         Group(Place(0, 0, 1, 1), 2, 60)
+
+
+HISTORY: list[dict[str, Any]] = [
+    {"step": 1, "epoch": 0.1, "loss": 2.0, "learning_rate": 1e-3, "rewards/margins": 0.1},
+    {"step": 2, "epoch": 0.2, "eval_loss": 1.9, "eval_runtime": 3.0, "eval_samples_per_second": 4.0},
+    {"step": 2, "epoch": 0.2, "loss": 1.5, "grad_norm": math.inf, "rewards/margins": 0.3, "note": "text"},
+    {"step": 2, "train_runtime": 9.0, "train_loss": 1.7, "total_flos": 0.0},
+]
+
+
+def test_every_series_is_drawn_and_written(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from trimtab_trainer import report
+
+    about = report.About("job: <dpo>", {"rows": "40 & more"}, {"spec": {"method": "dpo"}})
+    report.write(HISTORY, about, tmp_path)
+    known = report.series(HISTORY)
+    assert known["rewards/margins"] == [(1, 0.1), (2, 0.3)]
+    assert set(known) == {"loss", "eval_loss", "learning_rate", "rewards/margins"}
+    text = (tmp_path / "index.html").read_text()
+    assert "job: &lt;dpo&gt;" in text
+    assert "40 &amp; more" in text
+    assert text.count("<svg") == 3
+    assert "src=" not in text
+    assert 'href="http' not in text
+    assert text == report.page(HISTORY, about)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert set(events.Tags()["scalars"]) == {
+        "train/loss",
+        "eval/loss",
+        "train/learning_rate",
+        "train/rewards/margins",
+    }
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_a_method_logs_reaches_the_status() -> None:
+    from trimtab_trainer.distributed import Group, Place
+    from trimtab_trainer.watch import METRICS_KEPT, Watch
+
+    told: list[ProgressReport] = []
+    reporter = SimpleNamespace(report=told.append, close=lambda: None)
+    watch = Watch(reporter, Group(Place(0, 0, 1, 1), 1, 60), SimpleNamespace(complete=[]), 1, 0)  # type: ignore[arg-type]
+    watch.trainer = SimpleNamespace(tokens_seen=64)
+    state = SimpleNamespace(global_step=3, max_steps=9, epoch=0.5)
+    watch.on_log(None, state, None, logs={"loss": 1.0, "rewards/margins": 0.123456789, "entropy": math.nan})
+    watch.on_log(None, state, None, logs={"eval_loss": 1.0, "eval_accuracy": 0.5, "eval_runtime": 2.0})
+    assert told[-1].progress is not None
+    assert told[-1].progress.metrics == {"rewards/margins": 0.12346, "eval_accuracy": 0.5}
+    watch.on_log(None, state, None, logs={"loss": 1.0, **{f"many/{n}": float(n) for n in range(99)}})
+    assert told[-1].progress is not None
+    assert len(told[-1].progress.metrics) == METRICS_KEPT
