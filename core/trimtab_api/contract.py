@@ -148,6 +148,8 @@ class DataInput(Model):
     """In this pod's file system."""
     inline: str | None = None
     """JSON lines."""
+    media: ModelInput | None = None
+    """Folder in which the paths of images begin; None for the one that the data file lies in."""
 
 
 class OutputTarget(Model):

@@ -24,7 +24,7 @@ from trimtab_api.contract import (
 from trimtab_api.v1alpha1 import FineTuneJob, MergeJob
 from trimtab_api.v1alpha1.dataset import DataPart
 from trimtab_api.v1alpha1.output import Output
-from trimtab_api.v1alpha1.source import ModelSource, Storage, VolumeSource
+from trimtab_api.v1alpha1.source import FolderSource, ModelSource, Storage, VolumeSource
 from trimtab_api.v1alpha1.status import Artifact, ArtifactKind
 
 Producer = FineTuneJob | MergeJob
@@ -135,13 +135,25 @@ def model_input(
 
 def data_input(field: str, part: DataPart, storage: Storage | None, default: Storage | None) -> DataInput:
     """The place of rows. `storage` is the resource's own, `default` the installation's."""
-    source = part.from_
+    source, media = part.from_, _folder(f"{field}.mediaFrom", part.media_from, storage, default)
     if source.s3 is not None:
         place = S3Place(uri=source.s3.uri, connection=connection(source.s3.storage, storage, default))
-        return DataInput(field=field, part=part, s3=place)
+        return DataInput(field=field, part=part, s3=place, media=media)
     if source.volume is not None:
-        return DataInput(field=field, part=part, path=volume_path(source.volume))
-    return DataInput(field=field, part=part, hugging_face=source.hugging_face, inline=source.inline)
+        return DataInput(field=field, part=part, path=volume_path(source.volume), media=media)
+    return DataInput(field=field, part=part, hugging_face=source.hugging_face, inline=source.inline, media=media)
+
+
+def _folder(
+    field: str, source: FolderSource | None, storage: Storage | None, default: Storage | None
+) -> ModelInput | None:
+    if source is None:
+        return None
+    if source.s3 is not None:
+        place = S3Place(uri=source.s3.uri, connection=connection(source.s3.storage, storage, default))
+        return ModelInput(field=field, reference=place.uri, s3=place)
+    assert source.volume is not None, "a source has exactly one member"
+    return ModelInput(field=field, reference=volume_reference(source.volume), path=volume_path(source.volume))
 
 
 def output_connection(producer: Producer, default: Storage | None) -> Connection:

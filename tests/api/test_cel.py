@@ -97,6 +97,7 @@ REFUSED = (
     Row("adapter from nowhere", D, {"adapters": [{"name": "a", "from": {}}]}, "spec.adapters[0].from", EXACTLY_ONE_MODEL),
     Row("no tokenizer source", F, {"model": {"scratch": {**SCRATCH, "tokenizer": {}}}}, "spec.model.scratch.tokenizer", "give exactly one of from, train"),
     Row("two tokenizer sources", F, {"model": {"scratch": {**SCRATCH, "tokenizer": {"train": {}, "from": HUB}}}}, "spec.model.scratch.tokenizer", "give exactly one of from, train"),
+    Row("images from two places", F, {"dataset.train.0.mediaFrom": {"s3": {"uri": PLACE}, "volume": {"claimName": "c"}}}, "spec.dataset.train[0].mediaFrom", "give exactly one of s3, volume"),
     # Places
     Row("uri without bucket", F, {"output.uri": "s3://"}, "spec.output.uri", "must be s3://BUCKET/KEY, for example"),
     Row("uri with an empty bucket", F, {"model.from": {"s3": {"uri": "s3:///key"}}}, "spec.model.from.s3.uri", "must be s3://BUCKET/KEY"),

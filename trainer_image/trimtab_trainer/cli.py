@@ -35,7 +35,7 @@ from trimtab_api.contract import (
 from trimtab_api.resolve import resolve
 from trimtab_api.v1alpha1.dataset import DataPart
 from trimtab_api.v1alpha1.finetunejob import FineTuneJobSpec
-from trimtab_api.v1alpha1.source import ModelSource, Storage, VolumeSource
+from trimtab_api.v1alpha1.source import FolderSource, ModelSource, Storage, VolumeSource
 from trimtab_trainer import preflight, workplace, yamlfile
 from trimtab_trainer.endings import Fault, ending_of
 from trimtab_trainer.launcher import Gang, launch
@@ -103,13 +103,20 @@ class Elsewhere:
 
     def data(self, field: str, part: DataPart, storage: Storage | None) -> DataInput:
         """One source of rows, in this process's terms."""
-        source = part.from_
+        source, media = part.from_, self.folder(f"{field}.mediaFrom", part.media_from, storage)
         if source.s3 is not None:
             place = S3Place(uri=source.s3.uri, connection=self.connection(source.s3.storage, storage))
-            return DataInput(field=field, part=part, s3=place)
+            return DataInput(field=field, part=part, s3=place, media=media)
         if source.volume is not None:
-            return DataInput(field=field, part=part, path=self.volume(field, source.volume))
-        return DataInput(field=field, part=part, hugging_face=source.hugging_face, inline=source.inline)
+            return DataInput(field=field, part=part, path=self.volume(field, source.volume), media=media)
+        hub = source.hugging_face
+        return DataInput(field=field, part=part, hugging_face=hub, inline=source.inline, media=media)
+
+    def folder(self, field: str, source: FolderSource | None, storage: Storage | None) -> ModelInput | None:
+        """A folder of files that rows name, in this process's terms."""
+        if source is None:
+            return None
+        return self.model(field, ModelSource(s3=source.s3, volume=source.volume), storage)
 
 
 def artifact_in(folder: Path) -> Path:

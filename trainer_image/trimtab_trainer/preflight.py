@@ -24,6 +24,7 @@ from trimtab_api import inputs, memory
 from trimtab_api.conditions import Reason
 from trimtab_api.contract import DataInput, Ending, Exit, ModelInput, RunConfig
 from trimtab_api.inputs import SAME_VOCABULARY
+from trimtab_api.v1alpha1.dataset import Dataset
 from trimtab_api.v1alpha1.model import Scratch
 from trimtab_api.v1alpha1.progress import Memory
 from trimtab_api.v1alpha1.status import PinnedInput
@@ -32,7 +33,9 @@ from trimtab_trainer.data import collecting, streaming
 from trimtab_trainer.data.collecting import Collected, rows_of
 from trimtab_trainer.data.feeds import Feed, open_feed
 from trimtab_trainer.data.masks import render_row
+from trimtab_trainer.data.media import gather, see_unpacked
 from trimtab_trainer.data.preference import sides
+from trimtab_trainer.data.rows import IMAGES
 from trimtab_trainer.endings import Fault, ending_of
 from trimtab_trainer.inputs import (
     SMALL_MODEL_FILES,
@@ -49,6 +52,7 @@ from trimtab_trainer.methods import METHODS
 from trimtab_trainer.model.adapter import see_base
 from trimtab_trainer.model.chat import CHATML_TOKENS
 from trimtab_trainer.model.loading import architecture, see_same_vocabulary
+from trimtab_trainer.model.vision import sees
 from trimtab_trainer.output import open_output
 from trimtab_trainer.template import CHATML, ChatTemplate, special_tokens_in, template_in
 
@@ -62,6 +66,9 @@ FIRST_LINES = 20_000
 """Lines of each text file of a larger one."""
 RENDERED_ROWS = 2000
 """Rows that are rendered and, where a tokenizer is at hand, measured."""
+
+OPENED_IMAGES = 200
+"""Images that are fetched and opened."""
 
 
 def check(config: RunConfig, work: Path) -> Ending:
@@ -94,6 +101,7 @@ def check(config: RunConfig, work: Path) -> Ending:
             see_same_vocabulary(folder, each.path, source.field, each.reference)
     _rows(config, collected, folder)
     needed = _memory(config, local[0].path if config.model is not None else None)
+    _images(collected, config.spec.dataset, folder, work / "media")
     found = [
         PinnedInput(field=source.field, uri=each.reference, digest=each.digest)
         for source, each in zip(models, local, strict=True)
@@ -272,6 +280,18 @@ def _rows(config: RunConfig, collected: Collected, folder: Path | None) -> None:
         return
     assert folder is not None
     _some_fit(texts, folder, config.spec.dataset.max_length)
+
+
+def _images(collected: Collected, dataset: Dataset, folder: Path | None, into: Path) -> None:
+    """Open the first images, and see that the model takes any."""
+    if not collected.images:
+        return
+    if folder is None or not sees(folder):
+        hint = "Name a model that sees, or leave the column images out."
+        raise Fault(Reason.MODEL_INVALID, "the rows show images and the model has no vision", hint)
+    see_unpacked(dataset)
+    names = (name for row in rows_of(collected.train) for name in row.get(IMAGES, []))
+    gather(itertools.islice(names, OPENED_IMAGES), collected.roots, into)
 
 
 def _some_fit(texts: list[str], folder: Path, limit: int) -> None:

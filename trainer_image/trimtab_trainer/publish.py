@@ -94,7 +94,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write(tuned: Tuned, tokenizer: Any, stops: list[int], dtype: Any, provenance: Provenance, folder: Path) -> None:
+def write(
+    tuned: Tuned,
+    tokenizer: Any,
+    stops: list[int],
+    dtype: Any,
+    provenance: Provenance,
+    folder: Path,
+    processor: Any = None,
+) -> None:
     """Write the artifact's files; `stops` are the ids that end an answer. The model is of no use afterwards.
 
     Raises Fault(AssertionFailed) when a saved adapter, read back, changes nothing or is not what was trained.
@@ -107,6 +115,9 @@ def write(tuned: Tuned, tokenizer: Any, stops: list[int], dtype: Any, provenance
         _write_model(tuned.model, dtype, folder)
     if provenance.template is not None:
         tokenizer.chat_template = provenance.template
+    if processor is not None:
+        # With the model: whoever serves it prepares images as they were prepared here.
+        processor.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # The trainer replaces these by the tokenizer's single end-of-text token when it begins.
     generation.eos_token_id, generation.pad_token_id = stops, tokenizer.pad_token_id

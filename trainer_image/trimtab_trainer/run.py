@@ -20,14 +20,18 @@ from trimtab_trainer.data import collecting, packing, sequences, streaming
 from trimtab_trainer.data.collecting import Collected, rows_of
 from trimtab_trainer.data.feeds import open_feed
 from trimtab_trainer.data.masks import Render
+from trimtab_trainer.data.media import Media, gather, see_unpacked
 from trimtab_trainer.data.reading import Skipped, strictly
+from trimtab_trainer.data.rows import IMAGES
+from trimtab_trainer.data.seen import Seen
+from trimtab_trainer.data.sequences import Encoder, Language
 from trimtab_trainer.distributed import Group, once, once_per_pod
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.inputs import LocalModel, Pins, fetch_data, fetch_model
 from trimtab_trainer.merge.lineage import fetch_with_base
 from trimtab_trainer.methods import METHODS, Method
 from trimtab_trainer.methods.parts import Parts
-from trimtab_trainer.model import adapter, embeddings, loading, scratch, tokenizer, tuning
+from trimtab_trainer.model import adapter, embeddings, loading, scratch, tokenizer, tuning, vision
 from trimtab_trainer.movement import Movement
 from trimtab_trainer.notice import Notice
 from trimtab_trainer.output import Output, open_output
@@ -58,6 +62,17 @@ class Prepared:
     """The models beside the tuned one, by field."""
     new_tokens: list[int]
     """Ids of the tokens that the tokenizer was given."""
+    processor: Any = None
+    """Of a model with vision."""
+    media: Media | None = None
+    """The images that rows show."""
+
+    @property
+    def dataset_digest(self) -> str:
+        """Identity of what is learnt from: rows, and the contents of the images that they show."""
+        if self.media is None:
+            return self.collected.digest
+        return "sha256:" + hashlib.sha256(f"{self.collected.digest} {self.media.digest}".encode()).hexdigest()
 
 
 class Run:
@@ -122,14 +137,28 @@ class Run:
         template = self._template(loaded, needed=collected.conversations)
         stops = tokenizer.stop_ids(loaded, template, config.spec.template.stop_tokens, _known_stops(folder))
         render = None if template is None else template.renderer()
+        media = self._media(collected, work / "media")
+        processor = None
+        if vision.sees(folder):
+            processor = vision.load_processor(folder, loaded, "model.from")
+        elif media is not None:
+            raise Fault(
+                Reason.MODEL_INVALID, "the rows show images and the model has no vision", "Name a model that sees."
+            )
+
+        def encoder() -> Encoder:
+            plain = self.method.encoder(config, loaded, render)
+            if media is None:
+                return plain
+            assert isinstance(plain, Language), "a method that takes images encodes language"
+            return Seen(plain, media, partial(vision.lengths, processor))
 
         def tokenise() -> str:
-            encoder, skipped = self.method.encoder(config, loaded, render), Skipped()
+            skipped = Skipped()
             spoiled = strictly if config.spec.dataset.strict else skipped
-            count = sequences.write(collected.train, encoder, work / "train.arrow", spoiled)
+            count = sequences.write(collected.train, encoder(), work / "train.arrow", spoiled)
             if collected.validation is not None:
-                encoder = self.method.encoder(config, loaded, render)
-                sequences.write(collected.validation, encoder, work / "validation.arrow", spoiled)
+                sequences.write(collected.validation, encoder(), work / "validation.arrow", spoiled)
             if skipped.rows:
                 log.warning("%d rows were passed over, the first because %s", skipped.rows, skipped.first)
             log.info("%d sequences of %d tokens, %d of them learnt", count.sequences, count.tokens, count.learnt)
@@ -151,7 +180,17 @@ class Run:
             stream=self._stream(loaded, render, pins),
             further=self._further(work / "further", pins),
             new_tokens=new_tokens,
+            processor=processor,
+            media=media,
         )
+
+    def _media(self, collected: Collected, into: Path) -> Media | None:
+        if not collected.images:
+            return None
+        see_unpacked(self.config.spec.dataset)
+        files = [path for path in (collected.train, collected.validation) if path is not None]
+        names = (name for path in files for row in rows_of(path) for name in row.get(IMAGES, []))
+        return once_per_pod(self.group, lambda: gather(names, collected.roots, into))
 
     def _packed(self, sequences: Path, digest: str) -> str:
         """Put packs in the place of sequences where the spec asks for it; returns what identifies them then."""
@@ -256,6 +295,8 @@ class Run:
         loading.see_vocabulary(model, prepared.tokenizer, "model.from")
         model.generation_config.eos_token_id = prepared.stops
         model.generation_config.pad_token_id = prepared.tokenizer.pad_token_id
+        if prepared.processor is not None:
+            vision.close_eyes(model)
         return model
 
     def _trainer(
@@ -286,6 +327,8 @@ class Run:
                 base=prepared.base,
                 stream=prepared.stream,
                 further=prepared.further,
+                processor=prepared.processor,
+                media=prepared.media,
             )
         )
         self.speeds = watch.speeds
@@ -303,7 +346,7 @@ class Run:
         return publish.Provenance(
             config=self.config,
             base=prepared.base,
-            dataset_digest=prepared.collected.digest,
+            dataset_digest=prepared.dataset_digest,
             sequences_digest=prepared.sequences_digest,
             template=None if prepared.template is None else prepared.template.source,
             world=self.group.place.world,
@@ -347,7 +390,13 @@ class Run:
             dtype = getattr(torch, precision(self.config))
             model = trainer.accelerator.unwrap_model(trainer.model)
             publish.write(
-                tuning.Tuned(model, tuned.terms), prepared.tokenizer, prepared.stops, dtype, provenance, folder
+                tuning.Tuned(model, tuned.terms),
+                prepared.tokenizer,
+                prepared.stops,
+                dtype,
+                provenance,
+                folder,
+                prepared.processor,
             )
             artifact = publish.upload(self.output, folder, provenance)
             return Ending(
@@ -357,7 +406,7 @@ class Run:
                 step=self.step,
                 artifact=artifact,
                 rows=None if prepared.stream else collected.rows,
-                dataset_digest=prepared.collected.digest,
+                dataset_digest=prepared.dataset_digest,
             )
 
         return once(self.group, hand_over)

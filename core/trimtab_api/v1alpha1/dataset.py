@@ -12,7 +12,7 @@ from trimtab_api.schema import (
     Rule,
     rules,
 )
-from trimtab_api.v1alpha1.source import DataSource
+from trimtab_api.v1alpha1.source import DataSource, FolderSource
 
 
 class DataPart(Model):
@@ -26,6 +26,8 @@ class DataPart(Model):
         default_factory=dict
     )
     """Columns to rename before the format is read: from the name in the file to the standard name."""
+    media_from: FolderSource | None = None
+    """Folder in which the paths of images begin that rows name; by default the one that the data file lies in."""
     sample: Annotated[int | None, Field(ge=1, le=1_000_000_000)] = None
     """Take this many rows, drawn with the data seed; more than there are repeats them."""
 

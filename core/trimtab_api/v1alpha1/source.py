@@ -169,6 +169,17 @@ class ModelSource(OneOf):
     """What a MergeJob of this namespace makes; the resource waits for it."""
 
 
+class FolderSource(OneOf):
+    """A folder of files that rows name: exactly one member."""
+
+    members: ClassVar[tuple[str, ...]] = ("s3", "volume")
+
+    s3: S3Source | None = None
+    """A prefix in object storage."""
+    volume: VolumeSource | None = None
+    """A folder on a PersistentVolumeClaim."""
+
+
 class DataSource(OneOf):
     """Where rows come from: exactly one member."""
 

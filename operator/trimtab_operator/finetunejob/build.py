@@ -132,7 +132,9 @@ def places(config: RunConfig) -> list[pods.Place]:
     """Everything that the pods open."""
     opened: list[pods.Place] = [place for place in (config.model, config.tokenizer, *config.further) if place]
     output = [config.output.s3] if config.output.s3 is not None else []
-    return [*opened, *config.train, *config.validation, *output]
+    rows = [*config.train, *config.validation]
+    media = [each.media for each in rows if each.media is not None]
+    return [*opened, *rows, *media, *output]
 
 
 def inputs_hash(config: RunConfig, failures: int = 0) -> str:

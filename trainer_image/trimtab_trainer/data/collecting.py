@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 
 from trimtab_api.conditions import Reason
 from trimtab_api.v1alpha1.dataset import DataPart, Dataset
+from trimtab_trainer.data import media
 from trimtab_trainer.data.reading import Skipped, Spoiled, broken, read, strictly
-from trimtab_trainer.data.rows import Format, Row, detect, standard
+from trimtab_trainer.data.rows import IMAGES, Format, Row, detect, standard
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.inputs import LocalData
 
@@ -41,6 +42,8 @@ class Needs:
     """Plain text will do."""
     reshape: Reshape | None = None
     """Rewrites a method's own way of giving a conversation, before the format is read. None: nothing."""
+    images: bool = False
+    """Whether it learns from images."""
     complete: Complete | None = None
     """What else a row must have: adds the method's own columns to a standard row. None: nothing."""
 
@@ -58,6 +61,10 @@ class Collected:
     """Identity of the rows: over their standard form, the sampling and the split."""
     conversations: bool
     """Whether some rows are conversations, which need a chat template."""
+    images: bool = False
+    """Whether some rows show images."""
+    roots: tuple[media.Root, ...] = ()
+    """Where the names of images begin."""
     skipped: int = 0
     """Broken rows that were passed over, because the spec is not strict."""
     first_skipped: str | None = None
@@ -74,15 +81,16 @@ class Collected:
 class PartReader:
     """Makes the raw rows of one part standard ones; its first row tells the format."""
 
-    def __init__(self, part: DataPart, needs: Needs):
+    def __init__(self, part: DataPart, needs: Needs, root: media.Root | None = None):
         self._part = part
         self._needs = needs
+        self._root = root
         self._form: Format | None = None if part.format == "auto" else part.format
 
     def standard(self, raw: dict[str, Any], where: str, number: int) -> Row:
         """The standard row. Raises Fault(DataInvalid) that says what is wrong with it."""
         needs = self._needs
-        renamed: Mapping[str, Any] = _renamed(raw, self._part, where, number)
+        renamed: Mapping[str, Any] = media.tagged(_renamed(raw, self._part, where, number))
         if needs.reshape is not None:
             renamed = needs.reshape(renamed, self._part.format == "text", where, number)
         self._form = self._form or detect(renamed, where, number, needs.answer)
@@ -93,12 +101,14 @@ class PartReader:
                 "Use method pretrain, set dataset.loss: all, or give conversations.",
             )
         row = standard(renamed, self._form, needs.answer, where, number, needs.text_allowed)
+        if needs.images:
+            row = media.attached(renamed, row, self._root, where, number)
         return row if needs.complete is None else needs.complete(renamed, row, where, number)
 
 
 def standard_rows(local: LocalData, needs: Needs, spoiled: Spoiled = strictly) -> Iterator[Row]:
     """Each row of one source in standard form; a broken one goes to `spoiled`."""
-    reader = PartReader(local.source.part, needs)
+    reader = PartReader(local.source.part, needs, media.Root.of(local, local.source.media))
     for path in local.files:
         where = _where(local, path)
         for number, raw in read(path, where, spoiled):
@@ -152,6 +162,8 @@ def collect(
         conversations=everything.conversations,
         skipped=skipped.rows,
         first_skipped=skipped.first,
+        images=everything.images,
+        roots=tuple(media.Root.of(local, local.source.media) for local in (*train, *validation)),
     )
 
 
@@ -169,6 +181,7 @@ class Lines:
         self.path = path
         self.conversations = False
         """Whether some rows are conversations."""
+        self.images = False
         self._starts = array.array("Q", [0])
 
     def __len__(self) -> int:
@@ -182,6 +195,7 @@ class Lines:
             for row in rows:
                 line = json.dumps(row, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode() + b"\n"
                 lines.conversations = lines.conversations or "messages" in row
+                lines.images = lines.images or IMAGES in row
                 stream.write(line)
                 lines._starts.append(lines._starts[-1] + len(line))
                 if digest is not None:

@@ -16,7 +16,7 @@ import jinja2
 
 from trimtab_api.conditions import Reason
 from trimtab_trainer.data.conversations import LEARNING
-from trimtab_trainer.data.rows import Row
+from trimtab_trainer.data.rows import Row, parts_of
 from trimtab_trainer.endings import Fault
 
 Loss = Literal["all", "assistant", "lastTurn", "lastRound"]
@@ -86,6 +86,8 @@ class _Conversation:
     def __init__(self, row: Row, render: Render):
         self.said = row["messages"]
         self._shown = [{key: value for key, value in each.items() if key not in LEARNING} for each in self.said]
+        if row.get("images"):
+            self._shown = [{**each, "content": parts_of(each["content"])} for each in self._shown]
         self._render = render
         self._options = {"tools": row.get("tools"), **row.get("chat_template_kwargs", {})}
         self._whole: str | None = None

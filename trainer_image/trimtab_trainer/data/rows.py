@@ -34,6 +34,10 @@ RESPONSE = (
     "content",
 )
 """Names under which a column is found, the first that is there."""
+IMAGES = "images"
+"""Column of a standard row with the whole names of the images that its messages show."""
+IMAGE_TAG = "<image>"
+"""Where a message's text shows an image."""
 _ALPACA = ("instruction", "output")
 _OURS = {"messages", "tools", "documents", "add_generation_prompt"}
 """What a template is always given; a row cannot replace it."""
@@ -170,3 +174,14 @@ def string(raw: Mapping[str, Any], column: str, where: str, row: int) -> str:
     if not value.strip():
         raise broken(where, row, f"'{column}' is empty")
     return value
+
+
+def parts_of(text: str) -> list[dict[str, str]]:
+    """A message's text as the parts that templates of models with vision take."""
+    parts: list[dict[str, str]] = []
+    for number, piece in enumerate(text.split(IMAGE_TAG)):
+        if number:
+            parts.append({"type": "image"})
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts

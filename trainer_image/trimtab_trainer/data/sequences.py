@@ -159,16 +159,20 @@ class Language:
     columns: tuple[str, ...] = ("input_ids", "labels", WEIGHTS)
 
     def __init__(self, tokenizer: Any, render: Render | None, shaping: Shaping):
-        self._tokenizer = tokenizer
-        self._render = render
-        self._shaping = shaping
+        self.tokenizer = tokenizer
+        self.render = render
+        self.shaping = shaping
         self._count = Count()
 
     def encode(self, rows: list[Row]) -> Iterator[dict[str, Sequence[float]]]:
         """See Encoder."""
-        for row in weighed(rows, self._tokenizer, self._render, self._shaping, self._count):
+        yield from self.records(rows, self.shaping)
+
+    def records(self, rows: list[Row], shaping: Shaping) -> Iterator[dict[str, Sequence[float]]]:
+        """The records of some rows, shaped so."""
+        for row in weighed(rows, self.tokenizer, self.render, shaping, self._count):
             self._count.rows += 1
-            for ids, counts in fit(*row, self._shaping, self._count):
+            for ids, counts in fit(*row, shaping, self._count):
                 self._count.keep(counts)
                 yield {
                     "input_ids": ids,
@@ -178,7 +182,7 @@ class Language:
 
     def conclude(self) -> Count:
         """See Encoder."""
-        judge(self._count, self._shaping)
+        judge(self._count, self.shaping)
         return self._count
 
 

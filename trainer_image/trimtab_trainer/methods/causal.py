@@ -108,17 +108,26 @@ def causal(parts: Parts) -> CausalTrainer:
     """The trainer of next-token prediction."""
     dataset = parts.config.spec.dataset
     several = dataset.packing is not None or dataset.padding_free
-    pad = parts.tokenizer.pad_token_id
-    # Flash attention tells documents apart in a batch of one row alone.
-    flash = "flash" in str(parts.model.config._attn_implementation)
-    collator = Documents(pad, joined=dataset.padding_free or flash) if several else Collator(pad)
     return CausalTrainer(
         model=parts.model,
         args=arguments(parts.config, parts.folder, validated=parts.validation is not None),
-        data_collator=collator,
+        data_collator=_collator(parts),
         train_dataset=parts.train,
         eval_dataset=parts.validation,
         processing_class=parts.tokenizer,
         callbacks=[*parts.callbacks, Apart()] if several else parts.callbacks,
         stream=parts.stream,
     )
+
+
+def _collator(parts: Parts) -> Any:
+    dataset, pad = parts.config.spec.dataset, parts.tokenizer.pad_token_id
+    if parts.media is not None:
+        from trimtab_trainer.methods.vision import SeeingCollator
+
+        return SeeingCollator(parts.processor, parts.media, pad)
+    if dataset.packing is not None or dataset.padding_free:
+        # Flash attention tells documents apart in a batch of one row alone.
+        flash = "flash" in str(parts.model.config._attn_implementation)
+        return Documents(pad, joined=dataset.padding_free or flash)
+    return Collator(pad)

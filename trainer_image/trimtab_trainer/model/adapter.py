@@ -13,7 +13,7 @@ from trimtab_api.v1alpha1.finetunejob import FineTuneJobSpec
 from trimtab_api.v1alpha1.tuner import Lora
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.inputs import LocalModel
-from trimtab_trainer.model import embeddings
+from trimtab_trainer.model import embeddings, vision
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -60,7 +60,7 @@ def adapt(model: Any, lora: Lora, seed: int, new_tokens: Sequence[int] = ()) -> 
             lora_alpha=alpha,
             lora_dropout=dropout(lora, model.config),
             target_modules=target,
-            exclude_modules=_ROUTERS if target == "all-linear" and is_mixture(model.config) else None,
+            exclude_modules=_left_out(model) if target == "all-linear" else None,
             target_parameters=lora.target_parameters,
             use_rslora=lora.rs_lora,
             use_dora=lora.dora,
@@ -145,6 +145,14 @@ def is_mixture(config: Any) -> bool:
     """Whether the model is a mixture of experts."""
     text = config.get_text_config()
     return any((getattr(text, key, None) or 0) > 1 for key in _EXPERTS)
+
+
+def _left_out(model: Any) -> str | None:
+    """What all linear layers are meant without: routers of experts, and what makes tokens of images."""
+    patterns = [_ROUTERS] if is_mixture(model.config) else []
+    if hasattr(model.config, "vision_config"):
+        patterns.append(vision.blind_pattern(model))
+    return "|".join(patterns) or None
 
 
 def name_base(folder: Path, reference: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from trimtab_api.conditions import Reason
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.inputs import LocalModel
+from trimtab_trainer.model import vision
 
 
 def refuse_adapter(folder: Path, field: str, reference: str) -> None:
@@ -40,11 +41,12 @@ def load(local: LocalModel, field: str, dtype: Any) -> Any:
 
     Raises Fault(ModelInvalid) when it does not open or its weights do not fill its architecture.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    kind = AutoModelForImageTextToText if vision.sees(local.path) else AutoModelForCausalLM
     architecture(local.path, field, local.reference)
     try:
-        opened: Any = AutoModelForCausalLM.from_pretrained(
+        opened: Any = kind.from_pretrained(
             local.path, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:

@@ -1,0 +1,176 @@
+"""Tuning on conversations that show images: what is learnt is what is seen, and broken images are named."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.matrix import proves
+from tests.unit.trainer.conftest import StartRanks, conversation, history, lines, run_config, spec, training
+from tests.unit.trainer.images.conftest import COLOURS, QUESTION, painted
+from trimtab_api.conditions import Reason
+from trimtab_api.contract import DataInput, Exit
+from trimtab_trainer import preflight
+from trimtab_trainer.data.media import Root, attached, gather, tagged
+from trimtab_trainer.endings import Fault
+
+ROWS = {"train": [{"from": {"volume": {"claimName": "c", "path": "rows.jsonl"}}}], "maxLength": 64}
+
+
+def config(seeing: Path, pictures: Path, output: Path, **fields: Any) -> Any:
+    wanted = spec("sft", dataset=ROWS, **fields)
+    rows = DataInput(field="dataset.train[0]", part=wanted.dataset.train[0], path=str(pictures / "rows.jsonl"))
+    return run_config(wanted, output, model=seeing, train=[rows])
+
+
+def answers(folder: Path, adapter: Path | None = None) -> dict[str, str]:
+    """What the model says of an image of each colour, in a shade that it has not seen."""
+    import torch
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter)
+    processor: Any = AutoProcessor.from_pretrained(adapter or folder)
+    said = {}
+    for colour in COLOURS:
+        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION[7:]}]}]
+        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        image = Image.open(io.BytesIO(painted(colour, 4))).convert("RGB")
+        batch = processor(text=[text], images=[image], return_tensors="pt", add_special_tokens=False)
+        out = model.eval().generate(**batch, max_new_tokens=8, do_sample=False)
+        said[colour] = processor.tokenizer.decode(out[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return said
+
+
+@proves("sft", "full", "images")
+@pytest.mark.timeout(300)
+def test_full_tuning_learns_to_tell_what_it_sees(
+    start_ranks: StartRanks, seeing: Path, pictures: Path, tmp_path: Path
+) -> None:
+    block = training(maxSteps=120, learningRate=1e-2, perDeviceBatchSize=8)
+    ranks = start_ranks(config(seeing, pictures, tmp_path / "out", tuner={"type": "full"}, training=block))
+    assert ranks.end().exit is Exit.OK, ranks.log
+    assert answers(tmp_path / "out/artifact") == {colour: f"It is {colour}." for colour in COLOURS}
+    assert answers(seeing) != answers(tmp_path / "out/artifact")
+
+
+@proves("sft", "lora", "images", "ddp")
+@pytest.mark.timeout(300)
+def test_an_adapter_leaves_the_eyes_alone(
+    start_ranks: StartRanks, seeing: Path, pictures: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    block = training(maxSteps=12, learningRate=1e-2)
+    tuner = {"lora": {"rank": 8, "dropout": 0}}
+    losses = []
+    for ranks in (1, 2):
+        out = tmp_path / f"out-{ranks}"
+        asked = {"perDeviceBatchSize": 6 // ranks}
+        run = start_ranks(
+            config(
+                seeing, pictures, out, tuner=tuner, training={**block, **asked}, distributed={"processesPerNode": ranks}
+            )
+        )
+        assert run.end().exit is Exit.OK, run.log
+        losses.append([loss for _, loss in history(out)])
+    assert losses[0][-1] < losses[0][0]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-4)
+    names = load_file(tmp_path / "out-1/artifact/adapter_model.safetensors")
+    assert names
+    assert all("language_model" in name for name in names), sorted(names)
+    assert set(answers(seeing, tmp_path / "out-1/artifact")) == set(COLOURS)
+
+
+def test_names_of_images_begin_where_the_rows_lie(tmp_path: Path) -> None:
+    root = Root(path=tmp_path)
+    row = conversation("<image><image>which is larger?", "The first.")
+    raw = {**row, "images": ["a.png", "b/c.png"]}
+    assert attached(raw, row, root, "rows", 1)["images"] == [str(tmp_path / "a.png"), str(tmp_path / "b/c.png")]
+
+
+def test_parts_become_tags() -> None:
+    parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "what is it?"}]
+    url = [{"type": "text", "text": "and this? "}, {"type": "image_url", "image_url": {"url": "b.png"}}]
+    row = tagged({"messages": [{"role": "user", "content": parts}, {"role": "user", "content": url}]})
+    assert [message["content"] for message in row["messages"]] == ["<image>what is it?", "and this? <image>"]
+    assert row["images"] == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (["a.png", "b.png"], "'images' names 2, the messages show 1 <image>"),
+        (["https://example.com/a.png"], "is a URL"),
+        (["../a.png"], "no path below a folder"),
+        (["/a.png"], "no path below a folder"),
+        ([7], "must be a list of paths"),
+    ],
+)
+def test_what_a_row_may_not_name(images: list[Any], said: str, tmp_path: Path) -> None:
+    row = conversation(QUESTION, "It is red.")
+    with pytest.raises(Fault) as caught:
+        attached({**row, "images": images}, row, Root(path=tmp_path), "rows.jsonl", 3)
+    assert caught.value.reason is Reason.DATA_INVALID
+    assert "rows.jsonl row 3" in caught.value.message
+    assert said in caught.value.message
+
+
+def test_images_are_opened_before_the_training(tmp_path: Path) -> None:
+    (tmp_path / "torn.png").write_bytes(painted("red", 0)[:60])
+    (tmp_path / "text.png").write_text("no image")
+    for name in ("torn.png", "text.png"):
+        with pytest.raises(Fault) as caught:
+            gather([str(tmp_path / name)], [], tmp_path / "into")
+        assert caught.value.reason is Reason.DATA_INVALID
+        assert name in caught.value.message
+    with pytest.raises(Fault) as caught:
+        gather([str(tmp_path / "gone.png")], [], tmp_path / "into")
+    assert caught.value.reason is Reason.OBJECT_MISSING
+    written = "data:image/png;base64," + base64.b64encode(painted("blue", 0)).decode()
+    found = gather([written, written], [], tmp_path / "into")
+    assert (len(found.paths), found.sizes) == (1, [(56, 56)])
+
+
+def test_a_model_without_vision_is_told(start_ranks: StartRanks, tmp_path: Path, seeing: Path) -> None:
+    blind = tmp_path / "blind"
+    shutil.copytree(seeing, blind)
+    described = json.loads((blind / "config.json").read_text())
+    del described["vision_config"]
+    (blind / "config.json").write_text(json.dumps(described))
+    image = "data:image/png;base64," + base64.b64encode(painted("blue", 0)).decode()
+    rows = lines([{**conversation(QUESTION, "It is blue."), "images": [image]}])
+    run = start_ranks(run_config(spec("sft", inline=rows), tmp_path / "out", model=blind))
+    ended = run.end()
+    assert ended.ending.reason is Reason.MODEL_INVALID
+    assert "the model has no vision" in ended.ending.message
+
+
+def test_rows_with_images_are_not_packed(pictures: Path, seeing: Path, tmp_path: Path) -> None:
+    wanted = spec("sft", dataset={**ROWS, "packing": {}})
+    rows = DataInput(field="dataset.train[0]", part=wanted.dataset.train[0], path=str(pictures / "rows.jsonl"))
+    with pytest.raises(Fault) as caught:
+        preflight.check(run_config(wanted, tmp_path / "out", model=seeing, train=[rows]), tmp_path)
+    assert caught.value.reason is Reason.SPEC_INVALID
+    assert "dataset.packing: the rows show images" in caught.value.message
+
+
+def test_the_preflight_opens_images_and_asks_for_eyes(pictures: Path, seeing: Path, tmp_path: Path) -> None:
+    sound = preflight.check(config(seeing, pictures, tmp_path / "out"), tmp_path / "sound")
+    assert sound.reason is Reason.INPUTS_SOUND
+    torn = tmp_path / "torn"
+    shutil.copytree(pictures, torn)
+    (torn / "images/red-28.png").write_bytes(painted("red", -28)[:50])
+    with pytest.raises(Fault) as caught:
+        preflight.check(config(seeing, torn, tmp_path / "out"), tmp_path / "broken")
+    assert "images/red-28.png does not open" in caught.value.message

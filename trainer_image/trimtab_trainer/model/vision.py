@@ -1,0 +1,79 @@
+"""Models that see: their processor, how many tokens an image becomes, and which of their modules are the eyes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trimtab_api.conditions import Reason
+from trimtab_trainer.endings import Fault
+
+
+def sees(folder: Path) -> bool:
+    """Whether the model in a folder takes images."""
+    path = folder / "config.json"
+    return path.is_file() and "vision_config" in json.loads(path.read_text())
+
+
+def load_processor(folder: Path, tokenizer: Any, field: str) -> Any:
+    """The processor of a model with vision, around the tokenizer that the run uses.
+
+    Raises Fault(ModelInvalid) when it does not open or has no placeholder for an image.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        first = str(error).strip().splitlines()[0]
+        hint = "Publish preprocessor_config.json and its kin with the model."
+        raise Fault(Reason.MODEL_INVALID, f"{field}: the image processor does not open: {first}", hint) from error
+    if getattr(processor, "image_token", None) is None or getattr(processor, "image_processor", None) is None:
+        raise Fault(Reason.MODEL_INVALID, f"{field}: the processor knows no placeholder for an image")
+    processor.tokenizer = tokenizer
+    return processor
+
+
+def lengths(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[int]:
+    """Tokens that images of these heights and widths become."""
+    found: Any = processor._get_num_multimodal_tokens(image_sizes=[list(size) for size in sizes])
+    return [int(each) for each in found["num_image_tokens"]]
+
+
+def eyes(model: Any) -> list[str]:
+    """Names of the modules that make tokens of images: vision towers with their projections into the language model.
+
+    They are found by the configuration that they were built from and, for projections that have none, by where they
+    stand: beside the tower and the language model, within the module that holds both.
+    """
+    vision, text = model.config.vision_config, model.config.get_text_config()
+    towers: list[str] = []
+    languages: list[str] = []
+    for name, module in model.named_modules():
+        config = getattr(module, "config", None)
+        if config is vision and not any(name.startswith(f"{tower}.") for tower in towers):
+            towers.append(name)
+        if config is text and not any(name.startswith(f"{language}.") for language in languages):
+            languages.append(name)
+    holders = {name.rpartition(".")[0] for name in towers}
+    beside = [
+        f"{holder}.{child}".lstrip(".")
+        for holder in holders
+        for child, _ in model.get_submodule(holder).named_children()
+        if f"{holder}.{child}".lstrip(".") not in (*towers, *languages) and child != "lm_head"
+    ]
+    return [*towers, *beside]
+
+
+def blind_pattern(model: Any) -> str:
+    """A regular expression over module names that matches all of the eyes and nothing else."""
+    return "|".join(rf"(?:.*\.)?{re.escape(name)}(?:\..*)?" for name in eyes(model))
+
+
+def close_eyes(model: Any) -> None:
+    """Leave what makes tokens of images as it is."""
+    for name in eyes(model):
+        model.get_submodule(name).requires_grad_(False)
