@@ -13,8 +13,10 @@ MODEL = "model.from"
 TOKENIZER = "model.scratch.tokenizer.from"
 CONTINUED = "tuner.continueFrom"
 DPO_REFERENCE = "dpo.refModel"
+PPO_REWARD = "ppo.rewardModel.from"
+GKD_TEACHER = "gkd.teacher.from"
 
-SAME_VOCABULARY = frozenset({DPO_REFERENCE})
+SAME_VOCABULARY = frozenset({DPO_REFERENCE, GKD_TEACHER})
 """Fields of further models that are asked about the tuned model's own tokens."""
 
 
@@ -44,6 +46,14 @@ def further(spec: FineTuneJobSpec) -> Iterator[Named]:
     yield from adapters(spec)
     if spec.dpo is not None and spec.dpo.ref_model is not None:
         yield Named(DPO_REFERENCE, spec.dpo.ref_model)
+    if spec.grpo is not None:
+        for number, reward in enumerate(spec.grpo.rewards):
+            if reward.reward_model is not None:
+                yield Named(grpo_reward(number), reward.reward_model.from_)
+    if spec.ppo is not None:
+        yield Named(PPO_REWARD, spec.ppo.reward_model.from_)
+    if spec.gkd is not None:
+        yield Named(GKD_TEACHER, spec.gkd.teacher.from_)
 
 
 def adapters(spec: FineTuneJobSpec) -> Iterator[Named]:
@@ -57,3 +67,8 @@ def adapters(spec: FineTuneJobSpec) -> Iterator[Named]:
 def lower_adapter(number: int) -> str:
     """The field that names an adapter which the base takes in."""
     return f"tuner.adapters[{number}].from"
+
+
+def grpo_reward(number: int) -> str:
+    """The field of the reward model of a grpo job's reward `number`, from 0."""
+    return f"grpo.rewards[{number}].rewardModel.from"

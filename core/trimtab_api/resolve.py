@@ -11,8 +11,11 @@ from trimtab_api.v1alpha1.progress import ResolvedFineTune
 GLOBAL_BATCH = 16
 """Smallest global batch that the default accumulation reaches, in rows (ms-swift's default)."""
 
-FULL_LEARNING_RATE = {"dpo": 1e-6, "kto": 1e-6, "cpo": 1e-6, "simpo": 1e-6, "orpo": 1e-6}
+FULL_LEARNING_RATE = {"dpo": 1e-6, "kto": 1e-6, "cpo": 1e-6, "simpo": 1e-6, "orpo": 1e-6, "grpo": 1e-6, "ppo": 1e-6}
 """Of full tuning, for the methods that want less than 1e-5: a preference is a smaller step than an instruction."""
+
+LORA_LEARNING_RATE = {"grpo": 1e-5, "ppo": 1e-5}
+"""Of adapters, for the methods that want less than 1e-4: what they learn from moves with the model."""
 
 GPU_RESOURCE = "nvidia.com/gpu"
 
@@ -23,7 +26,7 @@ def resolve(spec: FineTuneJobSpec, image: str | None = None, output_uri: str | N
     processes = processes_per_node(spec)
     world = spec.distributed.nodes * processes
     one_pass = world * spec.training.per_device_batch_size
-    accumulation = spec.training.gradient_accumulation_steps or math.ceil(GLOBAL_BATCH / one_pass)
+    accumulation = spec.training.gradient_accumulation_steps or default_accumulation(spec, one_pass)
     truncation = spec.dataset.truncation
     loss = spec.dataset.loss
     pretrain = spec.method == "pretrain"
@@ -49,8 +52,17 @@ def processes_per_node(spec: FineTuneJobSpec) -> int:
     return max(1, int(gpus)) if str(gpus).isdigit() else 1
 
 
+def default_accumulation(spec: FineTuneJobSpec, one_pass: int) -> int:
+    """Enough for GLOBAL_BATCH rows; under grpo also for whole groups of answers."""
+    enough = math.ceil(GLOBAL_BATCH / one_pass)
+    if spec.grpo is None:
+        return enough
+    groups = math.lcm(one_pass, spec.grpo.num_generations) // one_pass
+    return math.ceil(enough / groups) * groups
+
+
 def default_learning_rate(method: str, tuner: str, scratch: Scratch | None) -> float:
     """1e-4 for adapters and 1e-5 for full tuning (ms-swift); random weights want 1e-3, large ones 3e-4."""
     if scratch is not None:
         return 1e-3 if scratch.hidden_size <= 1024 else 3e-4
-    return 1e-4 if tuner == "lora" else FULL_LEARNING_RATE.get(method, 1e-5)
+    return LORA_LEARNING_RATE.get(method, 1e-4) if tuner == "lora" else FULL_LEARNING_RATE.get(method, 1e-5)

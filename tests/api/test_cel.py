@@ -34,6 +34,9 @@ MINIMAL: dict[str, dict[str, Any]] = {
 SCRATCH = {
     "modelType": "llama", "hiddenSize": 128, "layers": 2, "attentionHeads": 4, "tokenizer": {"train": {}},
 }  # fmt: skip
+GRPO = {"rewards": [{"name": "format"}]}
+PPO = {"rewardModel": {"from": HUB}}
+GKD = {"teacher": {"from": HUB}}
 GONE = object()
 """In a row: the field is removed."""
 
@@ -173,6 +176,21 @@ REFUSED = (
     Row("smoothing that is missing", F, {"method": "dpo", "dpo.lossType": ["exoPair"]}, "spec.dpo.labelSmoothing", "must be above 0 with exoPair"),
     Row("aot of single rows", F, {"method": "dpo", "dpo.lossType": ["aot"]}, "spec.training.perDeviceBatchSize", "must be at least 2 with aot"),
     Row("precomputed on two nodes", F, {"method": "dpo", "dpo.precomputeRefLogProbs": True, "distributed.nodes": 2}, "spec.dpo.precomputeRefLogProbs", "must be false with several nodes"),
+    # What the model says
+    Row("grpo without rewards", F, {"method": "grpo"}, "spec.grpo", "give grpo.rewards"),
+    Row("grpo for sft", F, {"grpo": GRPO}, "spec.grpo", "remove it, or set method: grpo"),
+    Row("ppo without a reward", F, {"method": "ppo"}, "spec.ppo", "give ppo.rewardModel"),
+    Row("ppo for sft", F, {"ppo": PPO}, "spec.ppo", "remove it, or set method: ppo"),
+    Row("gkd without a teacher", F, {"method": "gkd"}, "spec.gkd", "give gkd.teacher"),
+    Row("gkd for sft", F, {"gkd": GKD}, "spec.gkd", "remove it, or set method: gkd"),
+    Row("grpo from scratch", F, {"method": "grpo", "grpo": GRPO, "model": {"scratch": SCRATCH}}, "spec.model.scratch", "random weights say nothing"),
+    Row("prompts cut at their end", F, {"method": "ppo", "ppo": PPO, "dataset.truncation": "right"}, "spec.dataset.truncation", "must be delete or left"),
+    Row("grpo with new tokens", F, {"method": "grpo", "grpo": GRPO, "model.newTokens": ["<x>"]}, "spec.model.newTokens", "the model as it was, or the teacher"),
+    Row("parts of answers", F, {"method": "gkd", "gkd": GKD, "dataset.loss": "lastTurn"}, "spec.dataset.loss", "whole answers are learnt from"),
+    Row("two rewards in one", F, {"method": "grpo", "grpo": {"rewards": [{"name": "format", "rewardModel": {"from": HUB}}]}}, "spec.grpo.rewards[0]", "give exactly one of name, rewardModel"),
+    Row("ratios of answers in a sum of tokens", F, {"method": "grpo", "grpo": {**GRPO, "importanceSampling": "sequence", "lossType": "dapo"}}, "spec.grpo.lossType", "must be grpo with importanceSampling: sequence"),
+    Row("a part of a group", F, {"method": "grpo", "grpo": GRPO, "training.gradientAccumulationSteps": 3, "distributed.processesPerNode": 2}, "spec.grpo.numGenerations", "whole groups of answers"),
+    Row("an adapted head", F, {"method": "grpo", "grpo": GRPO, "tuner.lora": {"targetModules": ["q_proj", "lm_head"]}}, "spec.tuner.lora.targetModules", "leave lm_head out"),
     # Pods
     Row("env that loads code", F, {"pod.env": [{"name": "PYTHONPATH", "value": "/mnt"}]}, "spec.pod.env[0].name", "it makes the program load other code"),
     Row("env that loads a library", D, {"pod.env": [{"name": "A"}, {"name": "LD_PRELOAD", "value": "x.so"}]}, "spec.pod.env[1].name", "build an image of your own"),
@@ -220,6 +238,8 @@ ACCEPTED = (
     (F, {"tuner.lora": {"targetParameters": ["experts.up"], "dropout": 0}}), (F, {"tuner.lora": {"initWeights": "olora", "rank": 256}}),
     (F, {"tuner": {"type": "full", "freeze": {"ratio": 1}}, "model.newTokens": ["<|a|>"]}), (F, {"tuner": {"continueFrom": HUB}}),
     (F, {"training": {"earlyStopping": {}, "evaluateAtStart": True, "neftuneAlpha": 5, "groupByLength": True}, "dataset.validationSplit": 0.1}),
+    (F, {"method": "grpo", "grpo": GRPO}), (F, {"method": "ppo", "ppo": PPO, "dataset.truncation": "left"}), (F, {"method": "gkd", "gkd": GKD}),
+    (F, {"method": "grpo", "grpo": {**GRPO, "importanceSampling": "sequence"}, "training.gradientAccumulationSteps": 4, "distributed.processesPerNode": 2}),
     (F, {"dataset.validation": []}),
     (F, {"dataset.streaming": {}, "training.maxSteps": 9}), (F, {"dataset.interleave": {}}), (F, {"dataset.interleave": {"weights": [2]}}),
     (F, {"dataset.packing": {}}), (F, {"dataset.packing": {"length": 4096}}), (F, {"dataset.packing": None}),

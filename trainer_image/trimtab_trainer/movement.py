@@ -25,7 +25,8 @@ class Movement:
         """Raise Fault(AssertionFailed) when most tensors are what they were."""
         import torch
 
-        moved = sum(not torch.equal(self._before[name], _sample(weight)) for name, weight in _trainable(model))
+        now = {name: _sample(weight) for name, weight in _trainable(model)}
+        moved = sum(not torch.equal(before, now[name]) for name, before in self._before.items())
         if moved * 2 <= len(self._before):
             raise Fault(
                 Reason.ASSERTION_FAILED,

@@ -388,7 +388,7 @@ class Run:
             report.write(trainer.state.log_history, about, work / "report")
             upload_whole(self.output, work / "report", self.output.layout.report, provenance.made_by())
             dtype = getattr(torch, precision(self.config))
-            model = trainer.accelerator.unwrap_model(trainer.model)
+            model = trainer.published()
             publish.write(
                 tuning.Tuned(model, tuned.terms),
                 prepared.tokenizer,

@@ -248,5 +248,68 @@ STREAMING = (
 )
 """Rows that are read while the training runs."""
 
-COMBINATIONS = (*SCRATCH, *TUNER, *TRAINING, *DATA, *PACKING, *PREFERENCE, *STREAMING)
+ROLLOUT = (
+    Rule(
+        "self.method != 'grpo' || has(self.grpo)",
+        "give grpo.rewards: without a reward there is nothing to learn from",
+        field_path=".grpo",
+    ),
+    Rule("self.method == 'grpo' || !has(self.grpo)", "remove it, or set method: grpo", field_path=".grpo"),
+    Rule(
+        "self.method != 'ppo' || has(self.ppo)",
+        "give ppo.rewardModel: without a reward there is nothing to learn from",
+        field_path=".ppo",
+    ),
+    Rule("self.method == 'ppo' || !has(self.ppo)", "remove it, or set method: ppo", field_path=".ppo"),
+    Rule(
+        "self.method != 'gkd' || has(self.gkd)",
+        "give gkd.teacher: the model to learn from",
+        field_path=".gkd",
+    ),
+    Rule("self.method == 'gkd' || !has(self.gkd)", "remove it, or set method: gkd", field_path=".gkd"),
+    Rule(
+        "!(self.method in ['grpo', 'ppo', 'gkd']) || !has(self.model.scratch)",
+        "give model.from: random weights say nothing that could be judged",
+        field_path=".model.scratch",
+    ),
+    Rule(
+        "!(self.method in ['grpo', 'ppo', 'gkd']) || self.dataset.truncation in ['auto', 'delete', 'left']",
+        "must be delete or left: a prompt that is cut at its end asks something else",
+        field_path=".dataset.truncation",
+    ),
+    Rule(
+        "!(self.method in ['grpo', 'ppo', 'gkd']) || size(self.model.newTokens) == 0",
+        "leave it out: the model as it was, or the teacher, does not know them; teach new tokens with sft first",
+        field_path=".model.newTokens",
+    ),
+    Rule(
+        "!(self.method in ['grpo', 'ppo', 'gkd']) || "
+        "(self.dataset.loss == 'auto' && self.dataset.toolCallWeight == 1.0 && !self.dataset.ignoreEmptyThink)",
+        "leave loss, toolCallWeight and ignoreEmptyThink out: whole answers are learnt from",
+        field_path=".dataset.loss",
+    ),
+    Rule(
+        "!has(self.grpo) || self.grpo.importanceSampling == 'token' || self.grpo.lossType == 'grpo'",
+        "must be grpo with importanceSampling: sequence: the others would weigh answers by their length",
+        field_path=".grpo.lossType",
+    ),
+    Rule(
+        "!has(self.grpo) || !has(self.training.gradientAccumulationSteps) || "
+        "!has(self.distributed.processesPerNode) || "
+        "(self.training.perDeviceBatchSize * self.training.gradientAccumulationSteps * "
+        "self.distributed.processesPerNode * self.distributed.nodes) % self.grpo.numGenerations == 0",
+        "must divide training.perDeviceBatchSize x training.gradientAccumulationSteps x distributed.processesPerNode "
+        "x distributed.nodes: a step learns from whole groups of answers",
+        field_path=".grpo.numGenerations",
+    ),
+    Rule(
+        "!(self.method in ['grpo', 'ppo']) || !has(self.tuner.lora) || !has(self.tuner.lora.targetModules) || "
+        "!('lm_head' in self.tuner.lora.targetModules)",
+        "leave lm_head out: grpo and ppo read its weight past the adapter; name it in tuner.lora.modulesToSave",
+        field_path=".tuner.lora.targetModules",
+    ),
+)
+"""Methods that learn from what the model says."""
+
+COMBINATIONS = (*SCRATCH, *TUNER, *TRAINING, *DATA, *PACKING, *PREFERENCE, *STREAMING, *ROLLOUT)
 """All rows, in the order in which they are told."""

@@ -21,11 +21,12 @@ from trimtab_api.v1alpha1.output import Output
 from trimtab_api.v1alpha1.pod import Pod
 from trimtab_api.v1alpha1.preference import Cpo, Dpo, Kto, Orpo, Simpo
 from trimtab_api.v1alpha1.progress import FineTuneJobStatus
+from trimtab_api.v1alpha1.rollout import Gkd, Grpo, Ppo
 from trimtab_api.v1alpha1.source import Storage
 from trimtab_api.v1alpha1.training import Checkpoint, Distributed, Training
 from trimtab_api.v1alpha1.tuner import Tuner
 
-Method = Literal["pretrain", "sft", "dpo", "kto", "cpo", "simpo", "orpo"]
+Method = Literal["pretrain", "sft", "dpo", "kto", "cpo", "simpo", "orpo", "grpo", "ppo", "gkd"]
 """The tuning methods that work."""
 
 
@@ -44,7 +45,7 @@ class FineTuneJobSpec(Model):
     model_config = ConfigDict(json_schema_extra=rules(*COMBINATIONS))
 
     method: Method
-    """The tuning method. pretrain learns every token of text or conversations, sft learns the answers; dpo, cpo, simpo and orpo learn which of two answers is better, kto which answers are good."""
+    """The tuning method. pretrain learns every token of text or conversations, sft learns the answers; dpo, cpo, simpo and orpo learn which of two answers is better, kto which answers are good; grpo and ppo learn from rewards for what the model says, gkd from a teacher."""
     model: FineTuneModel
     """What is tuned."""
     dataset: Dataset
@@ -69,6 +70,12 @@ class FineTuneJobSpec(Model):
     """Knobs of method simpo."""
     orpo: Orpo | None = None
     """Knobs of method orpo."""
+    grpo: Grpo | None = None
+    """Knobs of method grpo."""
+    ppo: Ppo | None = None
+    """Knobs of method ppo."""
+    gkd: Gkd | None = None
+    """Knobs of method gkd."""
     output: Output = Field(default_factory=Output)
     """Where checkpoints and the artifact go."""
     storage: Storage | None = None
@@ -98,6 +105,7 @@ class FineTuneJob(Model):
                 for field in (
                     "method", "model", "dataset", "template", "tuner", "training", "checkpoint", "distributed",
                     "dpo", "kto", "cpo", "simpo", "orpo",
+                    "grpo", "ppo", "gkd",
                     "output", "storage", "pod", "retries", "activeDeadlineSeconds", "hangTimeoutSeconds",
                 )
             )

@@ -42,6 +42,12 @@ PORT = 23456
 """Where the ranks meet."""
 SHARED_MEMORY = "2Gi"
 
+PREFLIGHTED = (
+    "method", "model", "dataset", "template", "tuner", "training", "distributed", "grpo", "ppo", "gkd",
+    "storage", "output", "pod",
+)  # fmt: skip
+"""Parts of the spec that the preflight looks at: when one changes, it looks again."""
+
 CONFIG = PurePosixPath(RUN_FILE)
 
 
@@ -142,12 +148,7 @@ def inputs_hash(config: RunConfig, failures: int = 0) -> str:
     looked_at = {
         key: value for key, value in config.dump().items() if key not in ("resolved", "attempt", "pins", "spec")
     }
-    looked_at["spec"] = {
-        key: value
-        for key, value in config.spec.dump().items()
-        if key
-        in ("method", "model", "dataset", "template", "tuner", "training", "distributed", "storage", "output", "pod")
-    }
+    looked_at["spec"] = {key: value for key, value in config.spec.dump().items() if key in PREFLIGHTED}
     looked_at["failures"] = failures
     return hashlib.sha256(json.dumps(looked_at, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from tests.api.test_cel import ACCEPTED, REFUSED, Row, build
+from tests.unit.trainer.conftest import SCRATCH
 from trimtab_api.v1alpha1.finetunejob import FineTuneJobSpec
 from trimtab_trainer import rules
 from trimtab_trainer.yamlfile import Loader
@@ -31,6 +32,71 @@ JOBS = [
 @pytest.mark.parametrize(("path", "document"), JOBS, ids=[path.stem for path, _ in JOBS])
 def test_every_example_keeps_every_rule(path: Path, document: dict[str, Any]) -> None:
     assert list(rules.broken(FineTuneJobSpec.model_validate(document))) == []
+
+
+HUB = {"huggingFace": {"repo": "acme/other"}}
+GRPO = {"method": "grpo", "grpo": {"rewards": [{"name": "format"}]}}
+PPO = {"method": "ppo", "ppo": {"rewardModel": {"from": HUB}}}
+GKD = {"method": "gkd", "gkd": {"teacher": {"from": HUB}}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "part"),
+    [
+        ({"method": "grpo"}, "grpo", "give grpo.rewards"),
+        ({**GRPO, "method": "sft"}, "grpo", "remove it, or set method: grpo"),
+        ({"method": "ppo"}, "ppo", "give ppo.rewardModel"),
+        ({**PPO, "method": "sft"}, "ppo", "remove it, or set method: ppo"),
+        ({"method": "gkd"}, "gkd", "give gkd.teacher"),
+        ({**GKD, "method": "sft"}, "gkd", "remove it, or set method: gkd"),
+        (
+            {**GRPO, "grpo": {"rewards": [{"name": "format"}], "importanceSampling": "sequence", "lossType": "cispo"}},
+            "grpo.lossType",
+            "must be grpo with importanceSampling: sequence",
+        ),
+        (
+            {**GRPO, "training": {"gradientAccumulationSteps": 5}, "distributed": {"processesPerNode": 2, "nodes": 2}},
+            "grpo.numGenerations",
+            "whole groups of answers",
+        ),
+        (
+            {**GRPO, "tuner": {"lora": {"targetModules": ["lm_head"]}}},
+            "tuner.lora.targetModules",
+            "leave lm_head out",
+        ),
+        ({**PPO, "model": {**MINIMAL["model"], "newTokens": ["<x>"]}}, "model.newTokens", "does not know them"),
+        ({**GKD, "dataset": {**MINIMAL["dataset"], "loss": "all"}}, "dataset.loss", "whole answers"),
+        *(
+            ({**job, "dataset": {**MINIMAL["dataset"], "truncation": "right"}}, "dataset.truncation", "delete or left")
+            for job in (GRPO, PPO, GKD)
+        ),
+        *(
+            (
+                {**job, "model": {"scratch": SCRATCH}, "dataset": {**MINIMAL["dataset"], "maxLength": 64}},
+                "model.scratch",
+                "random weights say nothing",
+            )
+            for job in (GRPO, PPO, GKD)
+        ),
+    ],
+)
+def test_what_the_model_says(changes: dict[str, Any], field: str, part: str) -> None:
+    found = dict(rules.broken(FineTuneJobSpec.model_validate({**MINIMAL, **changes})))
+    assert part in found[field]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        GRPO,
+        PPO,
+        {**GKD, "dataset": {**MINIMAL["dataset"], "truncation": "left"}},
+        {**GRPO, "training": {"gradientAccumulationSteps": 4}, "distributed": {"processesPerNode": 2}},
+        {**GRPO, "grpo": {"rewards": [{"name": "format"}], "importanceSampling": "sequence"}},
+    ],
+)
+def test_what_the_model_may_say(changes: dict[str, Any]) -> None:
+    assert not list(rules.broken(FineTuneJobSpec.model_validate({**MINIMAL, **changes})))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from trimtab_api.contract import RunConfig
 from trimtab_trainer.data.collecting import Needs
 from trimtab_trainer.data.masks import Render
 from trimtab_trainer.data.sequences import Encoder
-from trimtab_trainer.methods import cpo, dpo, kto, orpo, pretrain, sft, simpo
+from trimtab_trainer.methods import cpo, dpo, gkd, grpo, kto, orpo, ppo, pretrain, sft, simpo
 from trimtab_trainer.methods.parts import Parts
 
 
@@ -36,5 +36,8 @@ METHODS: dict[str, Method] = {
     "cpo": cpo.METHOD,
     "simpo": simpo.METHOD,
     "orpo": orpo.METHOD,
+    "grpo": grpo.METHOD,
+    "ppo": ppo.METHOD,
+    "gkd": gkd.METHOD,
 }
 """By the name that a spec uses."""

@@ -87,5 +87,10 @@ class Observed:
                 trainer._metrics["train"][name] = list(values)
             trainer._total_train_tokens = window["tokens"]
 
+    def published(self) -> Any:
+        """The model as it is handed over, without what only the training needed."""
+        trainer: Any = self
+        return trainer.accelerator.unwrap_model(trainer.model)
+
     def create_model_card(self, *_args: Any, **_kwargs: Any) -> None:
         """No model card: args.json tells what was done."""

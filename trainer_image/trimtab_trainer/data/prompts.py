@@ -1,0 +1,121 @@
+"""Prompts: conversations that somebody is about to answer, with whatever a reward wants to know of them.
+
+A row ends with the user's turn; an answer that follows it is set aside (gkd learns from it). Every other column is kept
+and given to the rewards.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from trimtab_api.conditions import Reason
+from trimtab_api.contract import RunConfig
+from trimtab_trainer.data.collecting import Needs
+from trimtab_trainer.data.masks import Render, render_row
+from trimtab_trainer.data.reading import broken
+from trimtab_trainer.data.rows import Row
+from trimtab_trainer.data.sequences import Count, Truncation
+from trimtab_trainer.endings import Fault
+
+PROMPT, ANSWER, ROW = "prompt", "answer", "row"
+"""Columns of a record: token ids of the prompt and of the row's own answer, and the rest as UTF-8 bytes of JSON."""
+_CONVERSATION = {"messages", "conversations", "conversation", "tools", "history", "system", "chat_template_kwargs"}
+"""Columns that make the conversation; a reward gets it as such."""
+
+
+def needed(*columns: str, answer: bool = False) -> Needs:
+    """Rows with a prompt and these further columns; `answer`: also with an answer to it."""
+
+    def complete(raw: Mapping[str, Any], standard: Row, where: str, row: int) -> Row:
+        for column in columns:
+            if raw.get(column) is None:
+                raise broken(where, row, f"'{column}' is not there, and a reward of this job reads it")
+        messages = standard["messages"]
+        answered = messages[-1]["role"] == "assistant"
+        prompt = messages[:-1] if answered else messages
+        if not prompt or prompt[-1]["role"] not in ("user", "tool"):
+            raise broken(where, row, "there is no turn of the user to answer at its end")
+        known = {name: value for name, value in raw.items() if name not in _CONVERSATION}
+        return {
+            **standard,
+            "messages": prompt,
+            **({ANSWER: messages[-1]} if answered else {}),
+            "columns": json.loads(json.dumps(known, default=str)),
+        }
+
+    return Needs(answer=answer, text_allowed=False, complete=complete)
+
+
+def read_row(record: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The messages of a record's prompt, and the row's other columns."""
+    known = json.loads(bytes(record[ROW]))
+    return known["messages"], known["columns"]
+
+
+def _written(row: Row) -> list[int]:
+    known = {"messages": row["messages"], "columns": row["columns"]}
+    return list(json.dumps(known, ensure_ascii=False, sort_keys=True).encode())
+
+
+class Prompts:
+    """Rows as prompts of token ids, with their own answers; see sequences.Encoder."""
+
+    columns: tuple[str, ...] = (PROMPT, ANSWER, ROW)
+
+    def __init__(self, config: RunConfig, tokenizer: Any, render: Render | None):
+        assert render is not None, "prompts are conversations, and those have a template"
+        self._tokenizer = tokenizer
+        self._render = render
+        self._truncation: Truncation = config.resolved.truncation
+        self._limit = config.spec.dataset.max_length
+        self._count = Count()
+
+    def encode(self, rows: list[Row]) -> Iterator[dict[str, list[int]]]:
+        """The records of some rows."""
+        for row in rows:
+            self._count.rows += 1
+            text, answer = self._texts(row)
+            prompt = self._fit(self._ids(text))
+            if prompt is None:
+                self._count.deleted += 1
+                continue
+            ids = self._ids(answer)
+            self._count.sequences += 1
+            self._count.tokens += len(prompt) + len(ids)
+            self._count.learnt += len(ids)
+            yield {PROMPT: prompt, ANSWER: ids, ROW: _written(row)}
+
+    def conclude(self) -> Count:
+        """See sequences.Encoder."""
+        if not self._count.sequences:
+            raise Fault(
+                Reason.DATA_EMPTY,
+                f"all {self._count.rows} prompts are longer than dataset.maxLength {self._limit} and were deleted",
+                "Raise dataset.maxLength, or set dataset.truncation to left.",
+            )
+        return self._count
+
+    def _texts(self, row: Row) -> tuple[str, str]:
+        """The prompt as a server renders it when it asks for an answer, and the row's own answer up to its end."""
+        if ANSWER in row:
+            whole, spans = render_row({**row, "messages": [*row["messages"], row[ANSWER]]}, self._render, "lastTurn")
+            start, end = spans[-1]
+            return whole[:start], whole[start:end]
+        options = row.get("chat_template_kwargs", {})
+        return self._render(row["messages"], tools=row.get("tools"), add_generation_prompt=True, **options), ""
+
+    def _ids(self, text: str) -> list[int]:
+        if not text:
+            return []
+        found = self._tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        return list(found)
+
+    def _fit(self, prompt: list[int]) -> list[int] | None:
+        if len(prompt) <= self._limit:
+            return prompt
+        if self._truncation != "left":
+            return None
+        self._count.cut += 1
+        return prompt[-self._limit :]

@@ -1,0 +1,175 @@
+"""TRL's GRPOTrainer over prompts that are already tokens, with the room's engine and our rewards.
+
+The loss, the advantages and the metrics are the library's. Ours are the tokens, the drawing, the order of prompts
+(which a run that goes on finds again in every epoch), and what is held between steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from trimtab_api import inputs
+from trimtab_api.v1alpha1.rollout import Grpo
+from trimtab_trainer import rewards
+from trimtab_trainer.arguments import UnnumberedCpu, common
+from trimtab_trainer.data.prompts import ROW, read_row
+from trimtab_trainer.methods.grpo import knobs
+from trimtab_trainer.methods.observed import Observed
+from trimtab_trainer.methods.parts import Parts
+from trimtab_trainer.rewards import Reward, Said
+from trimtab_trainer.rewards.judged import Judged
+from trimtab_trainer.rollout.engine import Engine, OwnModel, Sampling
+from trimtab_trainer.rollout.fit import see_room
+from trimtab_trainer.rollout.holding import Holding
+from trimtab_trainer.rollout.order import InOrder, Rounds
+from trimtab_trainer.rollout.reference import Referring, is_adapted, keep_adapter
+
+LOSSES = {"drGrpo": "dr_grpo"}
+"""Loss types whose name the library writes otherwise."""
+
+
+class GroupedArguments(UnnumberedCpu, GRPOConfig):
+    """GRPOConfig for runs on any device."""
+
+
+class GroupedTrainer(Referring, Observed, Holding, GRPOTrainer):
+    """GRPOTrainer that asks the room's engine."""
+
+    def __init__(self, engine: Sampling, order: InOrder, **parts: Any):
+        super().__init__(**parts)
+        self._order = order
+        self.engine: Engine = OwnModel(self, engine)
+
+    def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        return prompts, None, {}
+
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], *_: Any, **__: Any
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        spoken = self.engine.generate(prompt_ids)
+        return spoken.answers, spoken.log_probs
+
+    def _get_train_sampler(self, dataset: Any = None) -> Rounds:
+        args: Any = self.args
+        self._order.rounds = Rounds(
+            rows=len(self.train_dataset if dataset is None else dataset),
+            prompts=args.generation_batch_size // self.num_generations,
+            copies=self.num_generations,
+            repeats=self.num_iterations * args.steps_per_generation,
+            shuffle=self.shuffle_dataset,
+            seed=args.data_seed,
+        )
+        return self._order.rounds
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The library's loss; the tokens of prompts and answers are counted on the way."""
+        if model.training:
+            seen = inputs["prompt_mask"].sum() + inputs["completion_mask"].sum()
+            self.tokens_seen += seen.to(self.tokens_seen.device)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def held(self) -> dict[str, Any]:
+        """The place in the round, and its answers while steps with them remain."""
+        args: Any = self.args
+        remains = self._step % (args.steps_per_generation * self.num_iterations)
+        return {
+            "step": self._step,
+            "round": self._buffered_inputs if remains else None,
+        }
+
+    def hold(self, held: dict[str, Any]) -> None:
+        """See Holding."""
+        device = self.args.device
+        self._step = held["step"]
+        self._buffered_inputs = held["round"] and [
+            {name: value.to(device) for name, value in part.items()} for part in held["round"]
+        ]
+
+
+class Asked:
+    """A reward in the form in which the library asks for it."""
+
+    def __init__(self, name: str, reward: Reward):
+        self.__name__ = name
+        self._reward = reward
+
+    def __call__(self, completions: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float | None]:
+        """One number for each answer of this process."""
+        rows = [read_row({ROW: row}) for row in columns[ROW]]
+        answers = zip(rows, completions, completion_ids, strict=True)
+        said = [
+            Said(messages=messages, text=text, tokens=len(ids), columns=known)
+            for (messages, known), text, ids in answers
+        ]
+        return list(self._reward(said))
+
+
+def grouped(parts: Parts) -> GroupedTrainer:
+    """The trainer of grpo. Raises Fault(SpecInvalid) when prompts and answers do not fit into the model."""
+    asked = knobs(parts.config)
+    see_room(parts, asked.max_completion_length, "grpo.maxCompletionLength")
+    order = InOrder()
+    trainer = GroupedTrainer(
+        engine=Sampling(
+            longest=asked.max_completion_length,
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            stops=parts.stops,
+            pad=parts.tokenizer.pad_token_id,
+        ),
+        order=order,
+        model=parts.model,
+        args=_arguments(parts, asked),
+        reward_funcs=_rewards(parts, asked),
+        train_dataset=parts.train,
+        eval_dataset=parts.validation,
+        processing_class=parts.tokenizer,
+        callbacks=[order, *parts.callbacks],
+    )
+    if asked.beta and is_adapted(parts.model):
+        # The library copies most of an adapter; new tokens' rows it leaves out.
+        keep_adapter(parts.model)
+    return trainer
+
+
+def _arguments(parts: Parts, asked: Grpo) -> GroupedArguments:
+    return GroupedArguments(
+        **common(parts.config, parts.folder, validated=parts.validation is not None),
+        num_generations=asked.num_generations,
+        num_generations_eval=1,
+        max_completion_length=asked.max_completion_length,
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        beta=asked.beta,
+        loss_type=LOSSES.get(asked.loss_type, asked.loss_type),
+        epsilon=asked.epsilon,
+        epsilon_high=asked.epsilon_high,
+        importance_sampling_level=asked.importance_sampling,
+        scale_rewards=asked.scale_rewards,
+        num_iterations=asked.num_iterations,
+        reward_weights=[1.0 if reward.weight is None else reward.weight for reward in asked.rewards],
+        shuffle_dataset=parts.config.spec.dataset.shuffle,
+        # The ratio of new to old probability must be the update's doing, not the dropout's.
+        disable_dropout=True,
+    )
+
+
+def _rewards(parts: Parts, asked: Grpo) -> list[Any]:
+    found: list[Asked] = []
+    for number, reward in enumerate(asked.rewards):
+        does: Reward
+        if reward.name is not None:
+            does = rewards.by_name(reward.name, asked.max_completion_length)
+        else:
+            field = inputs.grpo_reward(number)
+            does = Judged.open(parts.further[field], field, torch.float32, parts.model.device)
+        name: str = reward.name or "rewardModel"
+        taken = name in {each.__name__ for each in found}
+        found.append(Asked(f"{name}{number}" if taken else name, does))
+    return list(found)

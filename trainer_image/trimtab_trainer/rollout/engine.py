@@ -1,0 +1,119 @@
+"""From prompts to answers: the one function that every method asks, and the engine that stands behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from transformers import GenerationConfig
+from trl.distributed import DistributedBackend
+from trl.models.utils import unwrap_model_for_generation
+
+TokenIds = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn."""
+
+    longest: int
+    """Most tokens of an answer."""
+    temperature: float
+    stops: Sequence[int]
+    """Tokens that end an answer; the one that ended it is its last."""
+    pad: int
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """Answers, in the order of their prompts."""
+
+    answers: list[list[int]]
+    """Token ids; at least one each."""
+    log_probs: list[list[float]] | None
+    """Log-probability of each token as it was drawn; None when the trained model itself drew it, so that its own
+    forward pass says the same."""
+
+
+class Engine(Protocol):
+    """Whoever draws answers."""
+
+    def generate(self, prompts: Sequence[TokenIds]) -> Spoken:
+        """One answer to each prompt, drawn from the model as it is now.
+
+        Called by all processes at once, each with its own prompts.
+        """
+        ...
+
+
+class OwnModel:
+    """The trained model draws for itself, through transformers. Its randomness is torch's, so a checkpoint holds it."""
+
+    def __init__(self, trainer: Any, sampling: Sampling):
+        self._trainer = trainer
+        self._sampling = sampling
+        self._settings: dict[str, Any] = {
+            "max_new_tokens": sampling.longest,
+            "do_sample": True,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": 0,
+            "min_p": None,
+            "repetition_penalty": 1.0,
+            "eos_token_id": list(sampling.stops),
+            "pad_token_id": sampling.pad,
+        }
+
+    def generate(self, prompts: Sequence[TokenIds]) -> Spoken:
+        """See Engine."""
+        trainer = self._trainer
+        ids, mask = pad_left(prompts, self._sampling.pad, trainer.args.device)
+        with (
+            # The model's own settings would fill in whatever equals a library default: all of them are replaced.
+            unwrap_model_for_generation(
+                trainer.model_wrapped,
+                trainer.accelerator,
+                generation_kwargs=self._settings,
+                gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+            ) as model,
+            torch.no_grad(),
+            trainer.accelerator.autocast(),
+            DistributedBackend(trainer.accelerator).summon_full_params(trainer.model_wrapped, recurse=False),
+        ):
+            training = model.training
+            model.eval()
+            settings = GenerationConfig(**self._settings, disable_compile=True)
+            whole = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+            model.train(training)
+        drawn = whole[:, ids.shape[1] :].tolist()
+        return Spoken([self._ended(answer) for answer in drawn], None)
+
+    def _ended(self, answer: list[int]) -> list[int]:
+        """Up to the first token that ends an answer."""
+        stops = set(self._sampling.stops)
+        return next((answer[: place + 1] for place, token in enumerate(answer) if token in stops), answer)
+
+
+def pad_left(rows: Sequence[TokenIds], pad: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask [rows, longest], padded before, so that all end at one place."""
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad, dtype=torch.long)
+    mask = torch.zeros((len(rows), longest), dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids[index, longest - len(row) :] = torch.as_tensor(row, dtype=torch.long)
+        mask[index, longest - len(row) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def pad_right(rows: Sequence[TokenIds], pad: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask [rows, longest], padded behind, so that all begin at one place."""
+    longest = max(1, *(len(row) for row in rows))
+    ids = torch.full((len(rows), longest), pad, dtype=torch.long)
+    mask = torch.zeros((len(rows), longest), dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.as_tensor(row, dtype=torch.long)
+        mask[index, : len(row)] = 1
+    return ids.to(device), mask.to(device)
