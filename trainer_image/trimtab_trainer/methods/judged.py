@@ -12,10 +12,9 @@ from trl.trainer.kto_trainer import KTOTrainer
 from trimtab_api.v1alpha1.preference import Kto
 from trimtab_trainer.arguments import UnnumberedCpu, common
 from trimtab_trainer.data.sequences import IGNORED
-from trimtab_trainer.methods.observed import Observed
 from trimtab_trainer.methods.paired import padded
 from trimtab_trainer.methods.parts import Parts
-from trimtab_trainer.methods.reference import forget_copy, reference
+from trimtab_trainer.methods.reference import Compared, reference
 
 
 class JudgedArguments(UnnumberedCpu, KTOConfig):
@@ -57,14 +56,13 @@ class JudgedCollator:
         }
 
 
-class JudgedTrainer(Observed, KTOTrainer):
+class JudgedTrainer(Compared, KTOTrainer):
     """KTOTrainer on rows that are tokens already, in any order."""
 
     def __init__(self, strategy: str, **parts: Any):
         super().__init__(**parts)
         # It asks for rows in order because it pairs them beforehand; here the collator does.
         self.args.train_sampling_strategy = strategy
-        forget_copy(self.model)
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         return dataset

@@ -13,9 +13,8 @@ from trimtab_api.inputs import DPO_REFERENCE
 from trimtab_api.v1alpha1.preference import Dpo
 from trimtab_trainer.arguments import UnnumberedCpu, common
 from trimtab_trainer.data.sequences import IGNORED
-from trimtab_trainer.methods.observed import Observed
 from trimtab_trainer.methods.parts import Parts
-from trimtab_trainer.methods.reference import forget_copy, reference
+from trimtab_trainer.methods.reference import Compared, reference
 
 _LOSSES = {
     "exoPair": "exo_pair",
@@ -63,12 +62,8 @@ class PairCollator:
         return batch
 
 
-class PairTrainer(Observed, DPOTrainer):
+class PairTrainer(Compared, DPOTrainer):
     """DPOTrainer on rows that are tokens already."""
-
-    def __init__(self, **parts: Any):
-        super().__init__(**parts)
-        forget_copy(self.model)
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         return dataset

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 from trimtab_trainer.arguments import weight_dtype
+from trimtab_trainer.methods.observed import Observed
 from trimtab_trainer.methods.parts import Parts
 from trimtab_trainer.model import loading
 
@@ -30,11 +33,26 @@ def reference(parts: Parts, field: str | None = None, precomputed: bool = False)
     return loading.load(parts.base, "model.from", weight_dtype(parts.config))
 
 
-def forget_copy(model: Any) -> None:
-    """Delete TRL's copy of an adapter that changes nothing yet: without it, the model with its adapter off is asked."""
-    config = getattr(model, "peft_config", {}).get(COPY)
-    if config is not None and _begins_at_base(model, config):
-        model.delete_adapter(COPY)
+class Compared(Observed):
+    """Mixed into TRL's trainers that compare with a reference, before them in the order of bases.
+
+    For an adapter they keep a copy of it as it was. One that changes nothing yet needs none: the model with its adapter
+    off tells the same. A copy that is needed is made anew by each attempt and stands in no checkpoint: transformers
+    would resume the copy alone, and leave the tuned adapter as it was at first.
+    """
+
+    def __init__(self, **parts: Any):
+        super().__init__(**parts)
+        model: Any = getattr(self, "model", None)
+        config = getattr(model, "peft_config", {}).get(COPY)
+        if config is not None and _begins_at_base(model, config):
+            model.delete_adapter(COPY)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        trainer: Any = super()
+        trainer._save(output_dir, state_dict)
+        if output_dir is not None:
+            shutil.rmtree(Path(output_dir) / COPY, ignore_errors=True)
 
 
 def _begins_at_base(model: Any, config: Any) -> bool:

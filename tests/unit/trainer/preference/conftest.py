@@ -103,14 +103,16 @@ def pairs(judge: Judge, count: int = 28) -> list[dict[str, Any]]:
     ]
 
 
-def job(method: str, rows: list[dict[str, Any]], tuner: str = "lora", **fields: Any) -> FineTuneJobSpec:
+def job(
+    method: str, rows: list[dict[str, Any]], tuner: str | dict[str, Any] = "lora", **fields: Any
+) -> FineTuneJobSpec:
     """A spec for seconds."""
     steps = fields.pop("steps", {})
     document = {
         "method": method,
         "model": {"from": {"fineTuneJob": {"name": "base"}}},
         "dataset": {"train": [{"from": {"inline": lines(rows)}}], "maxLength": 128, **fields.pop("dataset", {})},
-        "tuner": {"type": tuner},
+        "tuner": {"type": tuner} if isinstance(tuner, str) else tuner,
         "training": training(**{"maxSteps": 8, "learningRate": 1e-2, **steps}),
         "checkpoint": {"saveSteps": 100},
     }

@@ -138,3 +138,26 @@ def test_the_example_runs_as_it_is(method: str, tune: Tune, base: Path) -> None:
     assert ending.rows == 4
     assert ending.artifact is not None
     assert ending.artifact.kind == "adapter"
+
+
+@pytest.mark.parametrize("start", ["continueFrom", "adapters", "pissa"])
+def test_the_reference_is_the_model_as_it_was(start: str, tune: Tune, judge: Judge) -> None:
+    """Also when it began with adapters, or with factors taken out of its base: no margin at first, resumed or not."""
+    further = []
+    tuner: dict[str, Any] = {"type": "lora", "lora": {"initWeights": "pissa"}}
+    if start != "pissa":
+        tune(job("orpo", pairs(judge)), "first")
+        field = "tuner.continueFrom" if start == "continueFrom" else "tuner.adapters[0].from"
+        further = [ModelInput(field=field, reference="fineTuneJob/first", path=str(tune.artifact("first")))]
+        source = {"fineTuneJob": {"name": "first"}}
+        tuner = {"continueFrom": source} if start == "continueFrom" else {"adapters": [{"from": source}]}
+    spec = job("dpo", pairs(judge), steps={"maxSteps": 8, "loggingSteps": 3}, tuner=tuner)
+    tune(spec, "undisturbed", further=further)
+    with pytest.raises(Fault, match="told to leave"):
+        tune(spec, "disturbed", leave_at=3, further=further)
+    tune(spec, "disturbed", further=further)
+    course = _course(tune.history("disturbed"))
+    assert course == _course(tune.history("undisturbed"))
+    assert abs(course[0]["rewards/margins"]) < 1e-6
+    assert course[-1]["rewards/margins"] > 0.005
+    assert not (tune.artifact("disturbed") / "ref").exists()
