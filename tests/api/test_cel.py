@@ -150,6 +150,7 @@ REFUSED = (
     Row("pairs without padding", F, {"method": "dpo", "dataset.paddingFree": True}, "spec.dataset.paddingFree", "the other methods compare rows"),
     Row("thoughts of pairs", F, {"method": "dpo", "dataset.ignoreEmptyThink": True}, "spec.dataset.ignoreEmptyThink", "the other methods judge whole answers"),
     Row("stream of pairs", F, {"method": "dpo", "dataset.streaming": {}, "training.maxSteps": 1}, "spec.dataset.streaming", "read their rows before the training"),
+    Row("two templates", F, {"template": {"name": "chatml", "chatTemplate": "{{ messages }}"}}, "spec.template.name", "leave it out when chatTemplate is given"),
     Row("stream without an end", F, {"dataset.streaming": {}}, "spec.training.maxSteps", "nobody knows how many rows a stream has"),
     Row("split of a stream", F, {"dataset.streaming": {}, "training.maxSteps": 1, "dataset.validationSplit": 0.1}, "spec.dataset.validationSplit", "give dataset.validation rows of their own"),
     Row("packs of a stream", F, {"dataset.streaming": {}, "training.maxSteps": 1, "dataset.packing": {}}, "spec.dataset.packing", "packs are made of rows that are all there"),

@@ -35,6 +35,7 @@ from trimtab_trainer.data.feeds import Feed, open_feed
 from trimtab_trainer.data.masks import render_row
 from trimtab_trainer.data.media import gather, see_unpacked
 from trimtab_trainer.data.preference import sides
+from trimtab_trainer.data.reading import Skipped, strictly
 from trimtab_trainer.data.rows import IMAGES
 from trimtab_trainer.endings import Fault, ending_of
 from trimtab_trainer.inputs import (
@@ -48,13 +49,14 @@ from trimtab_trainer.inputs import (
     fetch_model,
     uses_hub,
 )
+from trimtab_trainer.measuring import Measured, measure
 from trimtab_trainer.methods import METHODS
 from trimtab_trainer.model.adapter import see_base
 from trimtab_trainer.model.chat import CHATML_TOKENS
 from trimtab_trainer.model.loading import architecture, see_same_vocabulary
 from trimtab_trainer.model.vision import sees
 from trimtab_trainer.output import open_output
-from trimtab_trainer.template import CHATML, ChatTemplate, special_tokens_in, template_in
+from trimtab_trainer.template import CHATML, ChatTemplate, asked_for, special_tokens_in, template_in
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +67,9 @@ WHOLE_UP_TO = 1 << 30
 FIRST_LINES = 20_000
 """Lines of each text file of a larger one."""
 RENDERED_ROWS = 2000
-"""Rows that are rendered and, where a tokenizer is at hand, measured."""
+"""Rows that are rendered where no tokenizer is at hand."""
+COUNTED_ROWS = 20_000
+"""Rows that are rendered and counted in tokens where one is."""
 
 OPENED_IMAGES = 200
 """Images that are fetched and opened."""
@@ -99,7 +103,7 @@ def check(config: RunConfig, work: Path) -> Ending:
     for source, each in zip(models, local, strict=True):
         if source.field in SAME_VOCABULARY and folder is not None:
             see_same_vocabulary(folder, each.path, source.field, each.reference)
-    _rows(config, collected, folder)
+    measured = _rows(config, collected, folder)
     needed = _memory(config, local[0].path if config.model is not None else None)
     _images(collected, config.spec.dataset, folder, work / "media")
     found = [
@@ -109,6 +113,7 @@ def check(config: RunConfig, work: Path) -> Ending:
     return Ending(
         reason=Reason.INPUTS_SOUND,
         message=f"{collected.rows} rows are sound"
+        + ("" if measured is None else measured.told(collected.rows, config.resolved.truncation))
         + ("" if whole else "; the rest is checked when the training starts")
         + collected.remark,
         pins=[*found, *map(_pin, train), *map(_pin, feeds), *map(_pin, held)],
@@ -265,21 +270,35 @@ def architectures() -> set[str]:
     return set(runpy.run_path(str(table)).get("CONFIG_MAPPING_NAMES", {}))
 
 
-def _rows(config: RunConfig, collected: Collected, folder: Path | None) -> None:
-    """Render the first rows as the training will; where a tokenizer is there, see that some fit."""
-    asked, learnt = config.spec.template, folder is None
+def _rows(config: RunConfig, collected: Collected, folder: Path | None) -> Measured | None:
+    """Render the first rows as the training will; where a tokenizer is there, count them, and see that some fit."""
+    asked = config.spec.template
+    source = asked_for(asked)
     own = CHATML if folder is None else template_in(folder)
-    if not collected.conversations and own is None:
-        return
-    special = CHATML_TOKENS if folder is None else special_tokens_in(folder)
-    template = ChatTemplate.of(own, asked.chat_template, asked.system, special)
-    render = template.renderer()
-    rows = list(itertools.islice(rows_of(collected.train), RENDERED_ROWS))
-    texts = [render_row(side, render, config.resolved.loss)[0] for row in rows for side in sides(row)]
-    if learnt or config.resolved.truncation != "delete" or len(rows) < collected.rows:
-        return
-    assert folder is not None
-    _some_fit(texts, folder, config.spec.dataset.max_length)
+    render = None
+    if collected.conversations or own is not None or source is not None:
+        special = CHATML_TOKENS if folder is None else special_tokens_in(folder)
+        render = ChatTemplate.of(own, source, asked.system, special, asked.enable_thinking).renderer()
+    spoiled = strictly if config.spec.dataset.strict else Skipped()
+    texts: list[str] = []
+    read = 0
+    for read, row in enumerate(rows_of(collected.train), start=1):
+        if read > (RENDERED_ROWS if folder is None else COUNTED_ROWS):
+            break
+        try:
+            texts += [render_row(side, render, config.resolved.loss)[0] for side in sides(row)]
+        except Fault as fault:
+            spoiled(fault)
+    if folder is None or not texts:
+        return None
+    measured = measure(texts, folder, config.spec.dataset.max_length)
+    if measured.longer == measured.texts and read == collected.rows and config.resolved.truncation == "delete":
+        raise Fault(
+            Reason.DATA_EMPTY,
+            f"all {read} rows are longer than dataset.maxLength {config.spec.dataset.max_length} and would be deleted",
+            "Raise dataset.maxLength, or set dataset.truncation to left or right.",
+        )
+    return measured
 
 
 def _images(collected: Collected, dataset: Dataset, folder: Path | None, into: Path) -> None:
@@ -292,18 +311,6 @@ def _images(collected: Collected, dataset: Dataset, folder: Path | None, into: P
     see_unpacked(dataset)
     names = (name for row in rows_of(collected.train) for name in row.get(IMAGES, []))
     gather(itertools.islice(names, OPENED_IMAGES), collected.roots, into)
-
-
-def _some_fit(texts: list[str], folder: Path, limit: int) -> None:
-    import tokenizers
-
-    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    if not any(len(tokenizer.encode(text, add_special_tokens=False)) <= limit for text in texts):
-        raise Fault(
-            Reason.DATA_EMPTY,
-            f"all {len(texts)} rows are longer than dataset.maxLength {limit} and would be deleted",
-            "Raise dataset.maxLength, or set dataset.truncation to left or right.",
-        )
 
 
 _UNITS = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "m": 1e-3}

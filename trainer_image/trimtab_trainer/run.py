@@ -38,7 +38,7 @@ from trimtab_trainer.output import Output, open_output
 from trimtab_trainer.output import publish as upload_whole
 from trimtab_trainer.preemption import StopTogether
 from trimtab_trainer.progress import Reporter
-from trimtab_trainer.template import ChatTemplate
+from trimtab_trainer.template import ChatTemplate, asked_for
 from trimtab_trainer.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ class Run:
         loaded = tokenizer.load(folder, "model.from" if base else "model.scratch.tokenizer")
         new_tokens = embeddings.extend(loaded, config.spec.model.new_tokens)
         template = self._template(loaded, needed=collected.conversations)
-        stops = tokenizer.stop_ids(loaded, template, config.spec.template.stop_tokens, _known_stops(folder))
+        stops = tokenizer.stop_ids(loaded, template, config.spec.template, _known_stops(folder))
         render = None if template is None else template.renderer()
         media = self._media(collected, work / "media")
         processor = None
@@ -248,7 +248,7 @@ class Run:
             if known is None:
                 folder = into.with_name("learnt")
                 rows = rows_of(collected.train)
-                tokenizer.learn(rows, size, spec.template.chat_template, spec.template.system, folder)
+                tokenizer.learn(rows, size, asked_for(spec.template), spec.template.system, folder)
                 made_by = {"job": self.config.job.dump(), "datasetDigest": collected.digest}
                 known = upload_whole(self.output, folder, prefix, made_by)
                 log.info("learnt a tokenizer: %s", known.digest[:19])
@@ -259,10 +259,11 @@ class Run:
 
     def _template(self, loaded: Any, needed: bool) -> ChatTemplate | None:
         asked, own = self.config.spec.template, tokenizer.own_template(loaded)
-        if not needed and own is None and asked.chat_template is None:
+        source = asked_for(asked)
+        if not needed and own is None and source is None:
             return None
         special = {name: str(token) for name, token in loaded.special_tokens_map.items() if isinstance(token, str)}
-        return ChatTemplate.of(own, asked.chat_template, asked.system, special)
+        return ChatTemplate.of(own, source, asked.system, special, asked.enable_thinking)
 
     def _tuned(self, prepared: Prepared, work: Path) -> tuning.Tuned:
         made_by = self._provenance(prepared).made_by()

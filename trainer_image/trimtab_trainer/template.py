@@ -21,6 +21,7 @@ import jinja2.parser
 import jinja2.sandbox
 
 from trimtab_api.conditions import Reason
+from trimtab_api.v1alpha1.dataset import Template
 from trimtab_trainer.endings import Fault
 
 CHATML = (
@@ -34,6 +35,10 @@ CHATML = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 """The template of tokenizers that we train. The marks tell other tools which tokens are the assistant's."""
+
+
+_FAMILIES = Path(__file__).parent / "templates"
+"""Chat templates as their families published them, named as the spec names them."""
 
 
 class _Generation(jinja2.ext.Extension):
@@ -81,9 +86,14 @@ class ChatTemplate:
 
     @classmethod
     def of(
-        cls, own: str | None, asked: str | None, system: str | None, special_tokens: Mapping[str, str]
+        cls,
+        own: str | None,
+        asked: str | None,
+        system: str | None,
+        special_tokens: Mapping[str, str],
+        thinking: bool | None = None,
     ) -> ChatTemplate:
-        """The model's own template or the one asked for, with the default system prompt written into it.
+        """The model's own template or the one asked for, with the default system prompt and thinking written into it.
 
         Raises Fault(ChatTemplateMissing) when there is neither, Fault(SpecInvalid) when the one asked for is broken.
         """
@@ -92,7 +102,7 @@ class ChatTemplate:
             raise Fault(
                 Reason.CHAT_TEMPLATE_MISSING, "the rows are conversations and the tokenizer has no chat template"
             )
-        whole = with_system(source, system)
+        whole = with_thinking(with_system(source, system), thinking)
         try:
             environment().from_string(whole)
         except jinja2.TemplateSyntaxError as error:
@@ -120,6 +130,21 @@ class ChatTemplate:
             )
 
         return render
+
+
+def asked_for(template: Template) -> str | None:
+    """The source of the template that a spec names or writes; None leaves it to the model's own."""
+    if template.name is None:
+        return template.chat_template
+    return CHATML if template.name == "chatml" else (_FAMILIES / f"{template.name}.jinja").read_text()
+
+
+def with_thinking(source: str, thinking: bool | None) -> str:
+    """The template with a word on thinking for whoever asks and says nothing of it."""
+    if thinking is None:
+        return source
+    value = "true" if thinking else "false"
+    return f"{{%- if enable_thinking is not defined %}}{{%- set enable_thinking = {value} %}}{{%- endif %}}" + source
 
 
 def with_system(source: str, system: str | None) -> str:

@@ -118,8 +118,22 @@ class Dataset(Model):
 class Template(Model):
     """How a conversation becomes text. What is decided here is baked into the artifact."""
 
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            Rule(
+                "!has(self.name) || !has(self.chatTemplate)",
+                "leave it out when chatTemplate is given: one of them is the template",
+                field_path=".name",
+            )
+        )
+    )
+
+    name: Literal["chatml", "llama3", "llama3.1", "qwen2.5", "qwen3", "gemma", "gemma3"] | None = None
+    """A family's published chat template to use in place of the model's own: chatml makes most bases chat. Its turn marks must be tokens of the vocabulary; model.newTokens adds them."""
     chat_template: Annotated[str | None, Field(min_length=1, max_length=65536)] = None
     """Jinja chat template to use in place of the model's own."""
+    enable_thinking: bool | None = None
+    """What the template is told of thinking where nobody says: true or false for templates that know enable_thinking, such as Qwen3's. A row's chat_template_kwargs and a client's request go before it."""
     system: Annotated[str | None, Field(max_length=16384)] = None
     """System prompt of conversations that bring none."""
     stop_tokens: Annotated[

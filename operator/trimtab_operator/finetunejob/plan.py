@@ -243,7 +243,7 @@ def start(seen: Seen, now: datetime, config: RunConfig, verdict: PodEnd | None =
     config = config.model_copy(update={"pins": pins})
     conditions = known.conditions
     if ending is not None:
-        found = f"{ending.rows} rows are sound" if ending.rows is not None else "every input is sound"
+        found = ending.message or "every input is sound"
         conditions = status.with_inputs(job, "True", Word(Reason.INPUTS_SOUND, found), now)
     attempt = Attempt(number=config.attempt, start_time=status.stamp(now))
     told = status.told(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import tokenizers.pre_tokenizers
 import tokenizers.trainers
 
 from trimtab_api.conditions import Reason
+from trimtab_api.v1alpha1.dataset import Template
 from trimtab_trainer.data.masks import render_row
 from trimtab_trainer.data.rows import Row
 from trimtab_trainer.endings import Fault
@@ -82,21 +83,26 @@ def own_template(tokenizer: Any) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def stop_ids(tokenizer: Any, template: ChatTemplate | None, asked: Sequence[str], known: Iterable[int]) -> list[int]:
+def stop_ids(tokenizer: Any, template: ChatTemplate | None, spec: Template, known: Iterable[int]) -> list[int]:
     """Ids of the tokens that end an answer: end of text, what ends the template's turns, what the spec adds.
 
-    Raises Fault(SpecInvalid) for an asked token that is not one token of the vocabulary.
+    Raises Fault(SpecInvalid) for an asked token that is not one token of the vocabulary, and for a named template whose
+    turns no token of the vocabulary ends.
     """
     found = [tokenizer.eos_token_id, *known]
     if template is not None:
         turn_end = _turn_end(tokenizer, template)
         found.append(turn_end)
-        if turn_end is None and not asked:
+        if turn_end is None and spec.name is not None:
+            problem = f"template.name: {spec.name} ends an answer with what is not one token of this vocabulary"
+            hint = "Add its turn marks with model.newTokens, or name a template whose marks the model knows."
+            raise Fault(Reason.SPEC_INVALID, problem, hint)
+        if turn_end is None and not spec.stop_tokens:
             log.warning(
                 "the chat template ends an answer with no special token: set template.stopTokens, or it goes on"
             )
     vocabulary = tokenizer.get_vocab()
-    for index, token in enumerate(asked):
+    for index, token in enumerate(spec.stop_tokens):
         if token not in vocabulary:
             hint = "Name a token of the vocabulary, for example the one that ends a turn in the chat template."
             raise Fault(Reason.SPEC_INVALID, f"template.stopTokens[{index}]: {token!r} is not one token", hint)
