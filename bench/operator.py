@@ -22,8 +22,10 @@ import psutil
 
 from lab import tools
 from lab.controlplane import ControlPlane
-from tests.api.conftest import GROUP, ROOT, Api, established
-from tests.api.stage import OperatorProcess, Stage, finetunejob
+from tests.api.client import GROUP, Api
+from tests.api.conftest import ROOT, established
+from tests.api.stage import OperatorProcess
+from tests.api.training import Training
 
 REST_SECONDS = 20.0
 """How long the operator is watched doing nothing."""
@@ -63,7 +65,7 @@ def main() -> int:
 def measure(plane: ControlPlane, folder: Path, jobs: int, samples: int) -> list[Figure]:
     """All figures, on a control plane that is empty yet."""
     api = served(plane)
-    stage = Stage(api, "idle")
+    stage = Training(api, "idle")
     for namespace in ("idle", "timed"):
         api.request("POST", "/api/v1/namespaces", {"metadata": {"name": namespace}})
     operator = OperatorProcess(plane.kubeconfig, folder / "operator")
@@ -73,10 +75,10 @@ def measure(plane: ControlPlane, folder: Path, jobs: int, samples: int) -> list[
         operator.kill()
 
 
-def timed(operator: OperatorProcess, api: Api, stage: Stage, jobs: int, samples: int) -> list[Figure]:
+def timed(operator: OperatorProcess, api: Api, stage: Training, jobs: int, samples: int) -> list[Figure]:
     """The figures, in the order in which they disturb each other least."""
     for number in range(jobs):
-        stage.make(finetunejob(f"idle-{number:04}", model={"from": {"fineTuneJob": {"name": "not-yet"}}}))
+        stage.apply(f"idle-{number:04}", model={"from": {"fineTuneJob": {"name": "not-yet"}}})
     first = seen_after(operator, jobs)
     operator.kill()
     restart = seen_after(operator, jobs)
@@ -84,7 +86,7 @@ def timed(operator: OperatorProcess, api: Api, stage: Stage, jobs: int, samples:
     process = psutil.Process(operator.process.pid)
     rest = at_rest(process)  # before the timed jobs, whose pods never come and are looked for
     api.close()  # the server has given up a connection that was idle so long
-    delays = sorted(delay(Stage(api, "timed"), f"timed-{number:03}") for number in range(samples))
+    delays = sorted(delay(Training(api, "timed"), f"timed-{number:03}") for number in range(samples))
     memory = process.memory_info().rss / 2**20
     return [
         Figure(f"start until {jobs} new jobs were worked off", first, "s", None),
@@ -126,10 +128,10 @@ def looks(operator: OperatorProcess) -> float:
     return sum(float(each.split()[-1]) for each in figures.splitlines() if each.startswith(tuple(counts)))
 
 
-def delay(stage: Stage, name: str) -> float:
+def delay(stage: Training, name: str) -> float:
     """Seconds from apply to the PyTorchJob, the preflight played in between."""
     started = time.monotonic()
-    stage.make(finetunejob(name))
+    stage.apply(name)
     wait(lambda: stage.get("Job", f"{name}-preflight") is not None, f"the preflight of {name}")
     stage.check(name)
     wait(lambda: stage.get("PyTorchJob", f"{name}-1") is not None, f"the PyTorchJob of {name}")

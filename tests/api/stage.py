@@ -1,5 +1,5 @@
-"""A stage for the operator: its process with the chart's rights, and the parts of job controller, training-operator and
-kubelet, which a control plane without nodes leaves to the test."""
+"""A stage for the operator: its process with the chart's rights, and a namespace in which a test plays the user, the
+controllers and the kubelet, which a control plane without nodes leaves to it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from urllib.request import urlopen
 
 from lab import ports
-from tests.api.conftest import Api
+from tests.api.client import Api
 
 ROOT = Path(__file__).resolve().parents[2]
 Object = dict[str, Any]
@@ -34,14 +34,15 @@ SETTINGS: Object = {
 }
 
 
-def eventually(probe: Callable[[], T | None], what: str, deadline: float = 20.0) -> T:
-    """What the probe finds; AssertionError when it finds nothing in time."""
+def eventually(probe: Callable[[], T | None], what: str | Callable[[], Any], deadline: float = 20.0) -> T:
+    """What the probe finds; AssertionError when it finds nothing in time, with what there is instead."""
     until = time.monotonic() + deadline
     while True:
         found = probe()
         if found:
             return found
-        assert time.monotonic() < until, f"not within {deadline} s: {what}"
+        if time.monotonic() >= until:
+            raise AssertionError(f"not within {deadline} s: {what if isinstance(what, str) else what()}")
         time.sleep(0.05)
 
 
@@ -106,19 +107,16 @@ class OperatorProcess:
             return bool(answer.status == 200)
 
 
-PATHS = {
-    "Pod": "/api/v1/namespaces/{}/pods",
-    "ConfigMap": "/api/v1/namespaces/{}/configmaps",
-    "ServiceAccount": "/api/v1/namespaces/{}/serviceaccounts",
-    "Event": "/api/v1/namespaces/{}/events",
-    "Job": "/apis/batch/v1/namespaces/{}/jobs",
-    "PyTorchJob": "/apis/kubeflow.org/v1/namespaces/{}/pytorchjobs",
-    "Role": "/apis/rbac.authorization.k8s.io/v1/namespaces/{}/roles",
-    "RoleBinding": "/apis/rbac.authorization.k8s.io/v1/namespaces/{}/rolebindings",
-    "FineTuneJob": "/apis/trimtab.dev/v1alpha1/namespaces/{}/finetunejobs",
-    "MergeJob": "/apis/trimtab.dev/v1alpha1/namespaces/{}/mergejobs",
-    "ModelDeployment": "/apis/trimtab.dev/v1alpha1/namespaces/{}/modeldeployments",
-}
+GROUPS = {
+    "Pod": "/api/v1", "ConfigMap": "/api/v1", "Service": "/api/v1", "ServiceAccount": "/api/v1", "Event": "/api/v1",
+    "Job": "/apis/batch/v1", "Deployment": "/apis/apps/v1", "PyTorchJob": "/apis/kubeflow.org/v1",
+    "Role": "/apis/rbac.authorization.k8s.io/v1", "RoleBinding": "/apis/rbac.authorization.k8s.io/v1",
+    "NetworkPolicy": "/apis/networking.k8s.io/v1", "PodDisruptionBudget": "/apis/policy/v1",
+    "FineTuneJob": "/apis/trimtab.dev/v1alpha1", "MergeJob": "/apis/trimtab.dev/v1alpha1",
+    "ModelDeployment": "/apis/trimtab.dev/v1alpha1",
+}  # fmt: skip
+PLURALS = {"NetworkPolicy": "networkpolicies"}
+MERGE = "application/merge-patch+json"
 
 
 @dataclass
@@ -127,150 +125,94 @@ class Stage:
 
     api: Api
     namespace: str
-    checked: set[str] = field(default_factory=set)
-    """Preflight Jobs that were played."""
 
     # ------------------------------------------------------------ objects
 
+    def path(self, kind: str, name: str = "", subresource: str = "") -> str:
+        plural = PLURALS.get(kind, kind.lower() + "s")
+        return "/".join(filter(None, [f"{GROUPS[kind]}/namespaces/{self.namespace}/{plural}", name, subresource]))
+
     def get(self, kind: str, name: str) -> Object | None:
-        answer = self.api.request("GET", f"{PATHS[kind].format(self.namespace)}/{name}")
+        answer = self.api.request("GET", self.path(kind, name))
         return answer.body if answer.accepted else None
 
     def items(self, kind: str, labels: str = "") -> list[Object]:
-        answer = self.api.request("GET", PATHS[kind].format(self.namespace), labelSelector=labels)
+        answer = self.api.request("GET", self.path(kind), labelSelector=labels)
         assert answer.accepted, answer.message
         found: list[Object] = answer.body["items"]
         return found
 
-    def make(self, made: Object, **query: str) -> Object:
+    def make(self, made: Object) -> Object:
         body = {**made, "metadata": {"namespace": self.namespace, **made["metadata"]}}
-        answer = self.api.request("POST", PATHS[made["kind"]].format(self.namespace), body, **query)
+        answer = self.api.request("POST", self.path(made["kind"]), body, fieldValidation="Strict")
         assert answer.accepted, answer.message
         return answer.body
 
     def patch(self, kind: str, name: str, body: Any, subresource: str = "") -> Object:
-        path = f"{PATHS[kind].format(self.namespace)}/{name}" + (f"/{subresource}" if subresource else "")
-        answer = self.api.request("PATCH", path, body, kind="application/merge-patch+json")
+        answer = self.api.request("PATCH", self.path(kind, name, subresource), body, kind=MERGE)
         assert answer.accepted, answer.message
         return answer.body
 
-    def delete(self, kind: str, name: str, **options: Any) -> None:
-        answer = self.api.request("DELETE", f"{PATHS[kind].format(self.namespace)}/{name}", options or None)
+    def delete(self, kind: str, name: str) -> None:
+        answer = self.api.request("DELETE", self.path(kind, name), {"propagationPolicy": "Background"})
         assert answer.accepted, answer.message
-
-    # ------------------------------------------------------------ the user
-
-    def apply(self, name: str, **spec: Any) -> Object:
-        """A small sft job; keyword arguments replace parts of its spec."""
-        return self.make(finetunejob(name, **spec), fieldValidation="Strict")
-
-    def status(self, name: str, kind: str = "FineTuneJob") -> Object:
-        return (self.get(kind, name) or {}).get("status") or {}
-
-    def verdict(self, name: str, kind: str = "FineTuneJob") -> Object:
-        conditions = self.status(name, kind).get("conditions") or []
-        return next((each for each in conditions if each["type"] in ("Succeeded", "Ready")), {})
-
-    def until(self, name: str, reason: str, deadline: float = 20.0, kind: str = "FineTuneJob") -> Object:
-        """The leading condition, once it has this reason."""
-
-        def probe() -> Object | None:
-            found = self.verdict(name, kind)
-            return found if found.get("reason") == reason else None
-
-        try:
-            return eventually(probe, f"{name} says {reason}", deadline)
-        except AssertionError as error:
-            raise AssertionError(f"{error}; it says {self.verdict(name, kind)}") from None
 
     def until_there(self, kind: str, name: str, deadline: float = 20.0) -> Object:
         return eventually(lambda: self.get(kind, name), f"{kind} {name} exists", deadline)
 
     def until_gone(self, kind: str, name: str, deadline: float = 20.0) -> None:
-        eventually(lambda: self.get(kind, name) is None, f"{kind} {name} is gone", deadline)
+        eventually(lambda: self.get(kind, name) is None, lambda: self.get(kind, name), deadline)
+
+    # ------------------------------------------------------------ resources of ours
+
+    def ours(self, kind: str, name: str, **spec: Any) -> Object:
+        """Apply a resource of ours."""
+        return self.make({"apiVersion": "trimtab.dev/v1alpha1", "kind": kind, "metadata": {"name": name}, "spec": spec})
+
+    def status(self, kind: str, name: str) -> Object:
+        return (self.get(kind, name) or {}).get("status") or {}
+
+    def leading(self, kind: str, name: str) -> Object:
+        """The condition that leads."""
+        conditions = self.status(kind, name).get("conditions") or []
+        return next((each for each in conditions if each["type"] in ("Succeeded", "Ready")), {})
+
+    def until_says(self, kind: str, name: str, reason: str, deadline: float = 20.0) -> Object:
+        """The leading condition, once it has this reason."""
+
+        def probe() -> Object | None:
+            found = self.leading(kind, name)
+            return found if found.get("reason") == reason else None
+
+        return eventually(probe, lambda: f"{kind} {name} says {reason}: {self.leading(kind, name)}", deadline)
+
+    def finished(self, name: str, kind: str = "adapter", **artifact: Any) -> None:
+        """A FineTuneJob of this name ends with an artifact."""
+        condition = {
+            "type": "Succeeded", "status": "True", "reason": "Succeeded", "message": "", "lastTransitionTime": now()
+        }  # fmt: skip
+        made = {"uri": f"s3://results/{name}", "digest": DIGEST, "kind": kind, **artifact}
+        told = {"conditions": [condition], "artifact": made, "completionTime": now()}
+        self.patch("FineTuneJob", name, {"status": told}, "status")
 
     # ------------------------------------------------------------ the cluster's other parts
 
-    def pod_of(self, owner: Object, name: str, template: Object) -> Object:
-        """A pod as a controller makes it."""
+    def pod_of(self, owner: Object, name: str, template: Object, **status: Any) -> Object:
+        """A pod as a controller makes it and the kubelet reports it."""
         reference = {key: owner[key] for key in ("apiVersion", "kind")} | {
             "name": owner["metadata"]["name"],
             "uid": owner["metadata"]["uid"],
             "controller": True,
+            "blockOwnerDeletion": True,
         }
         meta = {**template["metadata"], "name": name, "ownerReferences": [reference]}
-        spec = {"restartPolicy": "Never", **template["spec"]}
-        return self.make({"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": spec})
-
-    def check(self, name: str, ending: Object | None = None, code: int = 0, deadline: float = 20.0) -> None:
-        """The preflight's pod runs and ends."""
-
-        def fresh() -> Object | None:
-            job = self.get("Job", f"{name}-preflight")
-            if job is None or job["metadata"].get("deletionTimestamp"):
-                return None
-            return None if job["metadata"]["uid"] in self.checked else job
-
-        job = eventually(fresh, f"a new preflight of {name}", deadline)
-        self.checked.add(job["metadata"]["uid"])
-        pod = self.pod_of(job, _pod_name(job), job["spec"]["template"])
-        self.end(pod, code, ending or {"reason": "InputsSound", "message": "4 rows are sound", "rows": 4})
-
-    def gang(self, name: str, attempt: int = 1, deadline: float = 20.0) -> list[Object]:
-        """The pods of an attempt, running."""
-        job = self.until_there("PyTorchJob", f"{name}-{attempt}", deadline)
-        pods = []
-        for kind, replica in job["spec"]["pytorchReplicaSpecs"].items():
-            for number in range(replica.get("replicas", 1)):
-                pods.append(self.pod_of(job, f"{name}-{attempt}-{kind.lower()}-{number}", replica["template"]))
-        for pod in pods:
-            self.run(pod)
-        return pods
-
-    def run(self, pod: Object) -> None:
-        self._container(pod, "Running", {"running": {"startedAt": now()}})
-
-    def end(self, pod: Object, code: int, ending: Object | None = None) -> None:
-        state = {"exitCode": code, "finishedAt": now(), "startedAt": now(), "reason": "Error" if code else "Completed"}
-        if ending is not None:
-            state["message"] = json.dumps(ending)
-        self._container(pod, "Failed" if code else "Succeeded", {"terminated": state})
-
-    def succeed(self, pod: Object, uri: str, step: int = 10) -> None:
-        artifact = {"uri": uri, "digest": DIGEST, "kind": "adapter"}
-        self.end(pod, 0, {"reason": "Succeeded", "step": step, "artifact": artifact})
-
-    def report(self, name: str, attempt: int, step: int, total: int = 10, **progress: Any) -> None:
-        """Rank 0 says how far it is."""
-        told = {"step": step, "totalSteps": total, "steps": f"{step}/{total}", "updatedTime": now(), **progress}
-        text = json.dumps({"attempt": attempt, "fromStep": 0, "progress": told})
-        self.patch("ConfigMap", f"{name}-progress", {"data": {"progress.json": text}})
-
-    def _container(self, pod: Object, phase: str, state: Object) -> None:
-        container = pod["spec"]["containers"][0]
-        status = {
-            "name": container["name"], "image": container["image"], "imageID": "", "ready": False, "restartCount": 0,
-            "state": state,
-        }  # fmt: skip
-        self.patch(
-            "Pod", pod["metadata"]["name"], {"status": {"phase": phase, "containerStatuses": [status]}}, "status"
-        )
+        made = self.make({"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": template["spec"]})
+        return self.patch("Pod", name, {"status": status}, "status") if status else made
 
 
-def _pod_name(job: Object) -> str:
-    return f"{job['metadata']['name']}-{job['metadata']['uid'][:5]}"
-
-
-def finetunejob(name: str, **spec: Any) -> Object:
-    """A small sft job; keyword arguments replace parts of its spec."""
-    return {
-        "apiVersion": "trimtab.dev/v1alpha1",
-        "kind": "FineTuneJob",
-        "metadata": {"name": name},
-        "spec": {
-            "method": "sft",
-            "model": {"from": {"s3": {"uri": "s3://models/llama"}}},
-            "dataset": {"train": [{"from": {"s3": {"uri": "s3://data/rows.jsonl"}}}]},
-            **spec,
-        },
-    }
+FINE_TUNE_JOB: Object = {
+    "method": "sft",
+    "model": {"from": {"s3": {"uri": "s3://models/llama"}}},
+    "dataset": {"train": [{"from": {"s3": {"uri": "s3://data/rows.jsonl"}}}]},
+}
+"""A small sft job."""

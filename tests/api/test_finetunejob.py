@@ -2,42 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
-from tests.api.conftest import Api
-from tests.api.stage import DIGEST, OperatorProcess, Stage, eventually
-
-
-@pytest.fixture(scope="module")
-def operator(operator_kubeconfig: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorProcess]:
-    process = OperatorProcess(operator_kubeconfig, tmp_path_factory.mktemp("operator"))
-    process.start()
-    yield process
-    if process.process is not None:
-        process.stop()
-    assert "this is a fault of the operator" not in process.log()
-    assert "Traceback" not in process.log()
+from tests.api.client import Api
+from tests.api.stage import DIGEST, OperatorProcess, eventually
+from tests.api.training import Training
 
 
 @pytest.fixture
-def stage(api: Api, namespace: str, operator: OperatorProcess) -> Stage:
-    return Stage(api, namespace)
+def stage(api: Api, namespace: str, operator: OperatorProcess) -> Training:
+    return Training(api, namespace)
 
 
-def output(stage: Stage, name: str) -> str:
+def output(stage: Training, name: str) -> str:
     uid = (stage.get("FineTuneJob", name) or {})["metadata"]["uid"]
     return f"s3://results/runs/{stage.namespace}/{name}/{uid}"
 
 
-def held(stage: Stage) -> list[str]:
+def held(stage: Training) -> list[str]:
     """The pods that cannot be deleted."""
     return [pod["metadata"]["name"] for pod in stage.items("Pod") if pod["metadata"].get("finalizers")]
 
 
-def test_from_apply_to_an_artifact(stage: Stage) -> None:
+def test_from_apply_to_an_artifact(stage: Training) -> None:
     stage.apply("swift", distributed={"nodes": 2})
     stage.until("swift", "Checking")
     stage.check("swift")
@@ -45,33 +32,33 @@ def test_from_apply_to_an_artifact(stage: Stage) -> None:
     stage.until("swift", "Running")
     assert master["metadata"]["finalizers"] == ["trimtab.dev/evidence"]
     stage.report("swift", 1, 5, loss=1.5)
-    eventually(lambda: stage.status("swift").get("progress", {}).get("steps") == "5/10", "progress in status")
+    eventually(lambda: stage.told("swift").get("progress", {}).get("steps") == "5/10", "progress in status")
     stage.succeed(master, output(stage, "swift") + "/artifact")
     stage.end(worker, 0, {"reason": "Succeeded"})
     assert stage.until("swift", "Succeeded")["status"] == "True"
-    status = stage.status("swift")
+    status = stage.told("swift")
     assert status["artifact"]["digest"] == DIGEST
     assert [(each["number"], each["reason"]) for each in status["attempts"]] == [(1, "Succeeded")]
     assert status["resolved"]["image"] == "registry.test/trainer:1"
     eventually(lambda: not held(stage), "the evidence is let go")
 
 
-def test_a_failed_pod_is_followed_by_another_attempt_and_its_evidence_stays_in_status(stage: Stage) -> None:
+def test_a_failed_pod_is_followed_by_another_attempt_and_its_evidence_stays_in_status(stage: Training) -> None:
     stage.apply("retry")
     stage.check("retry")
     (master,) = stage.gang("retry")
     stage.report("retry", 1, 4)
     stage.end(master, 75, {"reason": "Stalled", "message": "rank 1 is gone", "step": 4})
     (second,) = stage.gang("retry", 2, deadline=40)
-    first = stage.status("retry")["attempts"][0]
+    first = stage.told("retry")["attempts"][0]
     assert (first["reason"], first["exitCode"], first["toStep"]) == ("Stalled", 75, 4)
     assert "rank 1 is gone" in first["message"]
-    assert stage.status("retry")["failures"] == 1
+    assert stage.told("retry")["failures"] == 1
     stage.succeed(second, output(stage, "retry") + "/artifact")
     stage.until("retry", "Succeeded")
 
 
-def test_a_mistake_in_the_inputs_waits_holds_nothing_and_is_looked_at_again(stage: Stage) -> None:
+def test_a_mistake_in_the_inputs_waits_holds_nothing_and_is_looked_at_again(stage: Training) -> None:
     stage.apply("broken")
     words = {"reason": "DataInvalid", "message": "dataset.train[0] row 7: no answer", "hint": "Correct the row."}
     stage.check("broken", words, code=65)
@@ -83,7 +70,7 @@ def test_a_mistake_in_the_inputs_waits_holds_nothing_and_is_looked_at_again(stag
     stage.until_there("PyTorchJob", "broken-1")
 
 
-def test_a_changed_spec_is_looked_at_at_once(stage: Stage) -> None:
+def test_a_changed_spec_is_looked_at_at_once(stage: Training) -> None:
     stage.apply("mend")
     stage.check("mend", {"reason": "ObjectMissing", "message": "s3://data/rows.jsonl is not there"}, code=64)
     stage.until("mend", "ObjectMissing")
@@ -93,7 +80,7 @@ def test_a_changed_spec_is_looked_at_at_once(stage: Stage) -> None:
     stage.until_there("PyTorchJob", "mend-1")
 
 
-def test_a_job_waits_for_the_job_it_refers_to_and_follows_its_artifact(stage: Stage) -> None:
+def test_a_job_waits_for_the_job_it_refers_to_and_follows_its_artifact(stage: Training) -> None:
     stage.apply("child", model={"from": {"fineTuneJob": {"name": "parent"}}})
     assert "FineTuneJob parent" in stage.until("child", "Waiting")["message"]
     assert not stage.items("Job")
@@ -118,7 +105,7 @@ SCRATCH = {
 }
 
 
-def test_suspend_ends_the_attempt_unbilled_and_resume_goes_on(stage: Stage) -> None:
+def test_suspend_ends_the_attempt_unbilled_and_resume_goes_on(stage: Training) -> None:
     stage.apply("pause")
     stage.check("pause")
     (master,) = stage.gang("pause")
@@ -127,16 +114,16 @@ def test_suspend_ends_the_attempt_unbilled_and_resume_goes_on(stage: Stage) -> N
     stage.until_gone("PyTorchJob", "pause-1")
     stage.end(master, 76, {"reason": "Preempted", "message": "step 7 is saved", "step": 7})
     stage.until("pause", "Suspended")
-    eventually(lambda: stage.status("pause")["attempts"][0].get("endTime"), "the attempt is closed")
+    eventually(lambda: stage.told("pause")["attempts"][0].get("endTime"), "the attempt is closed")
     eventually(lambda: not stage.items("Pod", "trimtab.dev/role=trainer"), "no pod is held")
-    status = stage.status("pause")
+    status = stage.told("pause")
     assert status["attempts"][0]["toStep"] == 7
     assert (status.get("failures", 0), status.get("preemptions", 0)) == (0, 0)
     stage.patch("FineTuneJob", "pause", {"spec": {"suspend": False}})
     stage.until_there("PyTorchJob", "pause-2")
 
 
-def test_suspended_from_the_start_makes_nothing(stage: Stage) -> None:
+def test_suspended_from_the_start_makes_nothing(stage: Training) -> None:
     stage.apply("later", suspend=True)
     stage.until("later", "Suspended")
     assert not stage.items("Job")
@@ -145,7 +132,7 @@ def test_suspended_from_the_start_makes_nothing(stage: Stage) -> None:
     stage.until_there("PyTorchJob", "later-1")
 
 
-def test_a_deleted_pod_counts_as_a_preemption(stage: Stage) -> None:
+def test_a_deleted_pod_counts_as_a_preemption(stage: Training) -> None:
     stage.apply("drain", retries={"limit": 0})
     stage.check("drain")
     (master,) = stage.gang("drain")
@@ -153,12 +140,12 @@ def test_a_deleted_pod_counts_as_a_preemption(stage: Stage) -> None:
     stage.delete("Pod", master["metadata"]["name"])
     stage.end(master, 76, {"reason": "Preempted", "message": "step 3 is saved", "step": 3})
     stage.until_there("PyTorchJob", "drain-2", 40)
-    status = stage.status("drain")
+    status = stage.told("drain")
     assert status["attempts"][0]["reason"] == "Preempted"
     assert (status.get("failures", 0), status["preemptions"]) == (0, 1)
 
 
-def test_the_last_retry_used_up_is_final_and_says_why(stage: Stage) -> None:
+def test_the_last_retry_used_up_is_final_and_says_why(stage: Training) -> None:
     stage.apply("doomed", retries={"limit": 0})
     stage.check("doomed")
     (master,) = stage.gang("doomed")
@@ -168,7 +155,7 @@ def test_the_last_retry_used_up_is_final_and_says_why(stage: Stage) -> None:
     assert "retries.limit" in told["message"]
 
 
-def test_an_ended_pod_without_a_digest_is_no_success(stage: Stage) -> None:
+def test_an_ended_pod_without_a_digest_is_no_success(stage: Training) -> None:
     stage.apply("empty", retries={"limit": 0})
     stage.check("empty")
     (master,) = stage.gang("empty")
@@ -176,7 +163,7 @@ def test_an_ended_pod_without_a_digest_is_no_success(stage: Stage) -> None:
     assert stage.until("empty", "Crashed")["status"] == "False"
 
 
-def test_a_deadline_ends_the_job_and_its_pods(stage: Stage) -> None:
+def test_a_deadline_ends_the_job_and_its_pods(stage: Training) -> None:
     stage.apply("slow", activeDeadlineSeconds=3)
     stage.check("slow")
     (master,) = stage.gang("slow")
@@ -185,7 +172,7 @@ def test_a_deadline_ends_the_job_and_its_pods(stage: Stage) -> None:
     assert stage.until("slow", "DeadlineExceeded")["status"] == "False"
 
 
-def test_ttl_deletes_the_resource(stage: Stage) -> None:
+def test_ttl_deletes_the_resource(stage: Training) -> None:
     stage.apply("brief", ttlSecondsAfterFinished=1)
     stage.check("brief")
     (master,) = stage.gang("brief")
@@ -193,7 +180,7 @@ def test_ttl_deletes_the_resource(stage: Stage) -> None:
     stage.until_gone("FineTuneJob", "brief", 30)
 
 
-def test_deletion_lets_pods_go_and_a_namesake_inherits_nothing(stage: Stage) -> None:
+def test_deletion_lets_pods_go_and_a_namesake_inherits_nothing(stage: Training) -> None:
     stage.apply("again")
     stage.check("again")
     stage.gang("again")
@@ -204,10 +191,10 @@ def test_deletion_lets_pods_go_and_a_namesake_inherits_nothing(stage: Stage) -> 
     eventually(lambda: not stage.items("Pod", "trimtab.dev/role=trainer"), "the pods are gone", 40)
     stage.check("again", deadline=40)
     stage.until_there("PyTorchJob", "again-1", 60)
-    assert "progress" not in stage.status("again")
+    assert "progress" not in stage.told("again")
 
 
-def test_a_foreign_object_is_left_alone_and_named(stage: Stage) -> None:
+def test_a_foreign_object_is_left_alone_and_named(stage: Training) -> None:
     stage.make({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "mine-progress"}, "data": {"a": "b"}})
     stage.apply("mine")
     stage.check("mine")
@@ -217,14 +204,14 @@ def test_a_foreign_object_is_left_alone_and_named(stage: Stage) -> None:
     stage.until_there("PyTorchJob", "mine-1", 60)
 
 
-def test_a_report_that_no_status_can_hold_stops_nothing(stage: Stage) -> None:
+def test_a_report_that_no_status_can_hold_stops_nothing(stage: Training) -> None:
     stage.apply("wild")
     stage.check("wild")
     (master,) = stage.gang("wild")
     stage.until("wild", "Running")
     stage.report("wild", 1, 3, loss=float("nan"), gradNorm=float("inf"))
-    eventually(lambda: stage.status("wild").get("progress", {}).get("step") == 3, "the step is believed")
-    assert "loss" not in stage.status("wild")["progress"]
+    eventually(lambda: stage.told("wild").get("progress", {}).get("step") == 3, "the step is believed")
+    assert "loss" not in stage.told("wild")["progress"]
     stage.report("wild", 1, 10**40)
     stage.report("wild", 1, 4, updatedTime="yesterday")
     stage.patch("ConfigMap", "wild-progress", {"data": {"progress.json": "[" * 10000}})
@@ -232,7 +219,7 @@ def test_a_report_that_no_status_can_hold_stops_nothing(stage: Stage) -> None:
     stage.until("wild", "Succeeded")
 
 
-def test_a_missing_secret_is_told_by_the_pods_warning(stage: Stage) -> None:
+def test_a_missing_secret_is_told_by_the_pods_warning(stage: Training) -> None:
     stage.apply("secretless")
     job = stage.until_there("Job", "secretless-preflight")
     pod = stage.pod_of(job, "secretless-preflight-x", job["spec"]["template"])
@@ -251,7 +238,7 @@ def test_a_missing_secret_is_told_by_the_pods_warning(stage: Stage) -> None:
     assert "Secret s3" in stage.until("secretless", "CredentialsMissing", 30)["message"]
 
 
-def test_the_restart_of_the_operator_changes_nothing_that_runs(stage: Stage, operator: OperatorProcess) -> None:
+def test_the_restart_of_the_operator_changes_nothing_that_runs(stage: Training, operator: OperatorProcess) -> None:
     stage.apply("steady")
     stage.check("steady")
     (master,) = stage.gang("steady")
@@ -261,9 +248,9 @@ def test_the_restart_of_the_operator_changes_nothing_that_runs(stage: Stage, ope
     operator.settings["images"] = {"trainer": "registry.test/trainer:2", "server": "registry.test/server:2"}
     stage.report("steady", 1, 6)
     operator.start()
-    eventually(lambda: stage.status("steady").get("progress", {}).get("step") == 6, "the restarted one reads on")
+    eventually(lambda: stage.told("steady").get("progress", {}).get("step") == 6, "the restarted one reads on")
     assert stage.until_there("PyTorchJob", "steady-1")["metadata"]["resourceVersion"] == before
-    assert stage.status("steady")["resolved"]["image"] == "registry.test/trainer:1"
+    assert stage.told("steady")["resolved"]["image"] == "registry.test/trainer:1"
     stage.end(master, 75, {"reason": "Stalled", "step": 6})
     second = stage.until_there("PyTorchJob", "steady-2", 40)
     template = second["spec"]["pytorchReplicaSpecs"]["Master"]["template"]

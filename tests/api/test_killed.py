@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.api.conftest import Api
-from tests.api.stage import OperatorProcess, Stage, eventually
+from tests.api.client import Api
+from tests.api.stage import OperatorProcess, eventually
+from tests.api.training import Training
 
 LIVES = 60
 
@@ -36,18 +37,18 @@ def live(operator: OperatorProcess, until: Callable[[], Any]) -> None:
 
 @pytest.mark.timeout(600)
 def test_it_converges(mortal: OperatorProcess, api: Api, namespace: str) -> None:
-    stage = Stage(api, namespace)
+    stage = Training(api, namespace)
     stage.apply("job")
     live(mortal, lambda: stage.get("Job", "job-preflight"))
     stage.check("job")
-    live(mortal, lambda: stage.status("job").get("attempt") == 1)
+    live(mortal, lambda: stage.told("job").get("attempt") == 1)
     (pod,) = stage.gang("job")
     stage.end(pod, 74, {"reason": "StorageFailed", "message": "gone", "step": 3})
-    live(mortal, lambda: stage.status("job")["attempts"][0].get("endTime"))
-    live(mortal, lambda: stage.status("job")["attempt"] == 2)
+    live(mortal, lambda: stage.told("job")["attempts"][0].get("endTime"))
+    live(mortal, lambda: stage.told("job")["attempt"] == 2)
     (pod,) = stage.gang("job", 2)
     stage.succeed(pod, "s3://results/runs/x/artifact")
-    live(mortal, lambda: stage.status("job").get("completionTime"))
-    told = stage.status("job")
+    live(mortal, lambda: stage.told("job").get("completionTime"))
+    told = stage.told("job")
     assert [(each["number"], each["reason"]) for each in told["attempts"]] == [(1, "StorageFailed"), (2, "Succeeded")]
     assert told["failures"] == 1

@@ -27,7 +27,7 @@ async def observe(settings: Settings, reader: Reader, key: Key) -> tuple[Object,
     living = [pod for pod in pods if not trouble.ended(pod) and not trouble.running(pod)]
     about = [work, *living] if work and (living or not pods) and not finished(job) else []
     return document, Seen(
-        job=job,
+        resource=job,
         settings=settings,
         producers={} if finished(job) else await _producers(reader, job),
         children=children,

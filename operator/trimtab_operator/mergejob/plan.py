@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -38,8 +37,8 @@ from trimtab_operator.mergejob.build import CONFIG, CONTAINER, DISRUPTED, Work
 from trimtab_operator.mergejob.status import attempt as attempt_of
 from trimtab_operator.mergejob.status import condition, find, of, record, told
 from trimtab_operator.plan import Event, Object, Plan, Ref
-from trimtab_operator.settings import Settings
-from trimtab_operator.sources import Producers, Unmet, base_of, connection, data_input, model_input, referenced
+from trimtab_operator.snapshot import Snapshot
+from trimtab_operator.sources import Unmet, base_of, connection, data_input, model_input, referenced
 from trimtab_operator.trouble import PodEnd, Trouble
 
 INPUT_MISTAKES = frozenset(
@@ -64,26 +63,13 @@ PENDING_SECONDS = 5.0
 WAITING_SECONDS = 60.0
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(Snapshot[MergeJob]):
     """The snapshot that observe takes."""
 
-    job: MergeJob
-    settings: Settings
-    producers: Producers = field(default_factory=dict)
-    """The resources that the job refers to."""
-    children: Mapping[tuple[str, str], Object] = field(default_factory=dict)
-    """What stands under the names of our children, by kind and name."""
-    pods: tuple[Object, ...] = ()
-    """The job's pods, oldest first."""
-    warnings: tuple[Object, ...] = ()
-    """Warning events about the Job and pods that do not run."""
-
-    def child(self, kind: str, name: str) -> Object | None:
-        """The child of this kind and name, if it is ours."""
-        found = self.children.get((kind, name))
-        owners = found["metadata"].get("ownerReferences") or [] if found else []
-        return found if any(owner["uid"] == self.job.metadata.uid for owner in owners) else None
+    @property
+    def job(self) -> MergeJob:
+        """The MergeJob."""
+        return self.resource
 
     @property
     def work(self) -> Object | None:

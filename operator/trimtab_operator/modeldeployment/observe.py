@@ -29,7 +29,7 @@ async def observe(settings: Settings, reader: Reader, key: Key) -> tuple[Object,
     pods = await lookup.pods(reader, key.namespace, deployment.metadata.uid) if started else ()
     waiting = [pod["metadata"]["uid"] for pod in pods if not is_ready(pod)]
     return document, Seen(
-        deployment=deployment,
+        resource=deployment,
         settings=settings,
         producers=producers,
         children=children,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, get_args
 
@@ -26,8 +26,8 @@ from trimtab_operator.modeldeployment import build
 from trimtab_operator.modeldeployment.build import Serving
 from trimtab_operator.modeldeployment.status import Fleet, Replica, Wanted, Word, fold, is_ready, trouble_of
 from trimtab_operator.plan import Event, Object, Plan, Ref
-from trimtab_operator.settings import Settings
-from trimtab_operator.sources import Producers, Unmet, model_input, referenced
+from trimtab_operator.snapshot import Snapshot
+from trimtab_operator.sources import Unmet, model_input, referenced
 
 RANKS: tuple[int, ...] = get_args(LoraRank)
 LEAST_RANK = 16
@@ -40,26 +40,13 @@ STARTING_SECONDS = 5.0
 WAITING_SECONDS = 60.0
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(Snapshot[ModelDeployment]):
     """The snapshot that observe takes."""
 
-    deployment: ModelDeployment
-    settings: Settings
-    producers: Producers = field(default_factory=dict)
-    """The resources that the deployment refers to."""
-    children: Mapping[tuple[str, str], Object] = field(default_factory=dict)
-    """What stands under the names of our children, by kind and name."""
-    pods: tuple[Object, ...] = ()
-    """The deployment's pods, oldest first."""
-    warnings: tuple[Object, ...] = ()
-    """Warning events about pods that do not answer."""
-
-    def child(self, kind: str, name: str) -> Object | None:
-        """The child of this kind and name, if it is ours."""
-        found = self.children.get((kind, name))
-        owners = found["metadata"].get("ownerReferences") or [] if found else []
-        return found if any(owner["uid"] == self.deployment.metadata.uid for owner in owners) else None
+    @property
+    def deployment(self) -> ModelDeployment:
+        """The ModelDeployment."""
+        return self.resource
 
     @property
     def status(self) -> ModelDeploymentStatus:
