@@ -48,10 +48,10 @@ class Event:
 class Plan:
     """The effects of one reconcile, in the order in which they happen."""
 
+    apply: tuple[Object, ...] = ()
+    """Objects that shall look like this: made by POST, then kept so by server-side apply."""
     create: tuple[Object, ...] = ()
     """Objects that shall exist; made by POST, and left as they are when they exist and are ours."""
-    apply: tuple[Object, ...] = ()
-    """Objects that shall look like this: made like the others, then kept so by server-side apply."""
     status: Mapping[str, Any] | None = None
     """The whole status to write; None leaves it."""
     release: tuple[Object, ...] = ()

@@ -89,11 +89,11 @@ async def reconcile(kind: Kind[Any], key: Key, kube: Kube) -> float | None:
 
 
 async def make(kube: Kube, plan: Plan) -> None:
-    """Make what shall exist."""
-    for made in plan.create:
-        await kube.create(made)
+    """Make what shall exist: what is read by others before them."""
     for made in plan.apply:
         await kube.apply(made)
+    for made in plan.create:
+        await kube.create(made)
 
 
 async def write(kube: Kube, resource: Object, status: Mapping[str, Any]) -> None:

@@ -15,12 +15,18 @@ from trimtab_operator.kube import Kube
 request = Kube._request
 
 
-async def once(self: Kube, method: str, *arguments: Any, **named: Any) -> Any:
+async def once(self: Kube, method: str, url: str, *arguments: Any, **named: Any) -> Any:
     """Pass the request on, and die when it has changed something."""
-    answer = await request(self, method, *arguments, **named)
-    if method != "GET":
+    before = await request(self, "GET", url) if method == "PATCH" else {}
+    answer = await request(self, method, url, *arguments, **named)
+    if method != "GET" and not (method == "PATCH" and version(answer) == version(before)):
         os._exit(9)
     return answer
+
+
+def version(found: Any) -> Any:
+    """What tells an object from what it was; None for an answer that is no object."""
+    return found.get("metadata", {}).get("resourceVersion")
 
 
 Kube._request = once  # type: ignore[method-assign]

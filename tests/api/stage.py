@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from urllib.request import urlopen
 
 from lab import ports
-from tests.api.client import Api
+from tests.api.client import Answer, Api
 
 ROOT = Path(__file__).resolve().parents[2]
 Object = dict[str, Any]
@@ -142,14 +142,20 @@ class Stage:
         found: list[Object] = answer.body["items"]
         return found
 
-    def make(self, made: Object) -> Object:
+    def try_make(self, made: Object, **query: str) -> Answer:
         body = {**made, "metadata": {"namespace": self.namespace, **made["metadata"]}}
-        answer = self.api.request("POST", self.path(made["kind"]), body, fieldValidation="Strict")
+        return self.api.request("POST", self.path(made["kind"]), body, fieldValidation="Strict", **query)
+
+    def make(self, made: Object) -> Object:
+        answer = self.try_make(made)
         assert answer.accepted, answer.message
         return answer.body
 
+    def try_patch(self, kind: str, name: str, body: Any, subresource: str = "") -> Answer:
+        return self.api.request("PATCH", self.path(kind, name, subresource), body, kind=MERGE)
+
     def patch(self, kind: str, name: str, body: Any, subresource: str = "") -> Object:
-        answer = self.api.request("PATCH", self.path(kind, name, subresource), body, kind=MERGE)
+        answer = self.try_patch(kind, name, body, subresource)
         assert answer.accepted, answer.message
         return answer.body
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+
 import pytest
 
 from tests.api.client import Api
-from tests.api.stage import DIGEST, OperatorProcess, eventually
+from tests.api.stage import DIGEST, Object, OperatorProcess, eventually
 from tests.api.training import Training
 
 
@@ -202,6 +205,49 @@ def test_a_foreign_object_is_left_alone_and_named(stage: Training) -> None:
     assert (stage.get("ConfigMap", "mine-progress") or {})["data"] == {"a": "b"}
     stage.delete("ConfigMap", "mine-progress")
     stage.until_there("PyTorchJob", "mine-1", 60)
+
+
+def test_an_attempt_that_is_refused_is_taken_back_and_spec_can_be_mended(
+    stage: Training, kubectl: Callable[..., str]
+) -> None:
+    kubectl("apply", "--server-side", "-f", "-", stdin=json.dumps(refusing_workers(stage.namespace)))
+    probe = {"apiVersion": "kubeflow.org/v1", "kind": "PyTorchJob", "metadata": {"name": "probe"}, "spec": GANG}
+    eventually(lambda: not stage.try_make(probe, dryRun="All").accepted, "the policy works")
+    stage.apply("wide", distributed={"nodes": 2})
+    stage.check("wide")
+    assert "no workers here" in stage.until("wide", "PodsRefused", 40)["message"]
+    eventually(lambda: "startTime" not in stage.told("wide"), "the attempt is taken back")
+    stage.patch("FineTuneJob", "wide", {"spec": {"distributed": {"nodes": 1}}})
+    stage.check("wide", deadline=40)
+    stage.gang("wide", deadline=40)
+    stage.until("wide", "Running")
+    assert [each["number"] for each in stage.told("wide")["attempts"]] == [1]
+    config = json.loads((stage.get("ConfigMap", "wide-1-run") or {})["data"]["run.json"])
+    assert config["spec"]["distributed"]["nodes"] == 1
+
+
+POD: Object = {"spec": {"containers": [{"name": "pytorch", "image": "i"}]}}
+GANG = {"pytorchReplicaSpecs": {"Master": {"template": POD}, "Worker": {"template": POD}}}
+
+
+def refusing_workers(namespace: str) -> Object:
+    """A policy of the cluster that takes no PyTorchJob with workers in this namespace."""
+    rules = {"apiGroups": ["kubeflow.org"], "apiVersions": ["*"], "resources": ["pytorchjobs"]}
+    where = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": namespace}}}
+    lone = {"expression": "!has(object.spec.pytorchReplicaSpecs.Worker)", "message": "no workers here"}
+    api = "admissionregistration.k8s.io/v1"
+    policy = {
+        "apiVersion": api, "kind": "ValidatingAdmissionPolicy", "metadata": {"name": namespace},
+        "spec": {
+            "matchConstraints": {**where, "resourceRules": [{**rules, "operations": ["CREATE"]}]},
+            "validations": [lone],
+        },
+    }  # fmt: skip
+    binding = {
+        "apiVersion": api, "kind": "ValidatingAdmissionPolicyBinding", "metadata": {"name": namespace},
+        "spec": {"policyName": namespace, "validationActions": ["Deny"]},
+    }  # fmt: skip
+    return {"apiVersion": "v1", "kind": "List", "items": [policy, binding]}
 
 
 def test_a_report_that_no_status_can_hold_stops_nothing(stage: Training) -> None:

@@ -142,9 +142,7 @@ def test_a_started_spec_is_fixed_and_a_time_to_live_ends_it(stage: Stage) -> Non
     stage.patch("ConfigMap", "merged-merge-report", report)
     eventually(lambda: stage.status("MergeJob", "merged").get("startTime"), lambda: stage.status("MergeJob", "merged"))
     assert stage.status("MergeJob", "merged")["progress"]["shards"] == "1/3"
-    refused = stage.api.request(
-        "PATCH", stage.path("MergeJob", "merged"), {"spec": {"dtype": "float32"}}, kind="application/merge-patch+json"
-    )
+    refused = stage.try_patch("MergeJob", "merged", {"spec": {"dtype": "float32"}})
     assert not refused.accepted
     assert "may not change once the job has started" in refused.message
     succeed(stage, "merged", pod)

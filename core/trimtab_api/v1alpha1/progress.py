@@ -19,8 +19,10 @@ class Attempt(Model):
 
     number: Annotated[int, Field(ge=1, le=999)]
     """Counts from 1."""
+    uid: Annotated[str | None, Field(max_length=64)] = None
+    """UID of its PyTorchJob; absent until that was made."""
     start_time: Time
-    """When its PyTorchJob was made."""
+    """When it began."""
     end_time: Time | None = None
     """When it ended; absent while it runs."""
     reason: Annotated[str | None, Field(max_length=64)] = None

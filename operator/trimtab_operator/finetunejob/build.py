@@ -221,14 +221,14 @@ def preflight(job: FineTuneJob, config: RunConfig, settings: Settings, hashed: s
     return [config_map(job, name, config), made]
 
 
+def run_map(job: FineTuneJob, config: RunConfig) -> Object:
+    """The run.json of one attempt."""
+    return config_map(job, names.run_config(job.metadata.name, config.attempt), config)
+
+
 def attempt(job: FineTuneJob, config: RunConfig, settings: Settings) -> list[Object]:
-    """All that one attempt needs, the PyTorchJob last."""
-    return [
-        *access(job),
-        progress_map(job),
-        config_map(job, names.run_config(job.metadata.name, config.attempt), config),
-        pytorchjob(job, config, settings),
-    ]
+    """All that one attempt needs beside its run.json, the PyTorchJob last."""
+    return [*access(job), progress_map(job), pytorchjob(job, config, settings)]
 
 
 def pytorchjob(job: FineTuneJob, config: RunConfig, settings: Settings) -> Object:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from trimtab_api import inputs, names
 from trimtab_api.contract import PROGRESS_KEY, ProgressReport
 from trimtab_api.v1alpha1 import FineTuneJob
+from trimtab_api.v1alpha1.progress import Attempt
 from trimtab_operator import lookup, trouble
 from trimtab_operator.finetunejob import status
 from trimtab_operator.finetunejob.seen import Seen, finished
@@ -31,7 +32,7 @@ async def observe(reader: Reader, key: Key, settings: Settings) -> tuple[Object,
         return raw, Seen(job=job, settings=settings, leavings=await lookup.evidence(reader, key))
     if seen.attempt is None:
         return raw, await _between_attempts(reader, key, job, settings)
-    return raw, await _within_attempt(reader, key, job, settings, seen.attempt.number)
+    return raw, await _within_attempt(reader, key, job, settings, seen.attempt)
 
 
 async def _between_attempts(reader: Reader, key: Key, job: FineTuneJob, settings: Settings) -> Seen:
@@ -50,22 +51,35 @@ async def _between_attempts(reader: Reader, key: Key, job: FineTuneJob, settings
     )
 
 
-async def _within_attempt(reader: Reader, key: Key, job: FineTuneJob, settings: Settings, number: int) -> Seen:
-    """The gang, and what it reports."""
+async def _within_attempt(reader: Reader, key: Key, job: FineTuneJob, settings: Settings, attempt: Attempt) -> Seen:
+    """The gang and what it reports; what it is made from as long as it was not seen to be made."""
+    number, unmade = attempt.number, attempt.uid is None
     every = await reader.list("Pod", key.namespace, names.pods_of_name(key.kind, key.name))
     mine = tuple(pod for pod in every if _is_of(pod, job, number))
-    gang = await reader.get("PyTorchJob", key.namespace, names.pytorchjob(key.name, number))
-    progress = await reader.get("ConfigMap", key.namespace, names.progress(key.name))
+    gang = _ours(job, await reader.get("PyTorchJob", key.namespace, names.pytorchjob(key.name, number)))
+    progress = _ours(job, await reader.get("ConfigMap", key.namespace, names.progress(key.name)))
     return Seen(
         job=job,
         settings=settings,
+        producers=await lookup.producers(reader, key.namespace, references(job)) if unmade else {},
         gang=gang,
         pods=mine,
         leavings=tuple(pod for pod in every if lookup.is_evidence(pod) and pod not in mine),
+        needless=await _needless(reader, key, job, number) if unmade else (),
         progress=progress,
-        report=_report(progress, job, number),
+        report=_report(progress, number),
         events=await _warnings(reader, key, gang, mine, job.spec.distributed.nodes),
     )
+
+
+async def _needless(reader: Reader, key: Key, job: FineTuneJob, number: int) -> tuple[Object, ...]:
+    wanted = [("Job", names.preflight(key.name))]
+    if number > 2:
+        wanted += [("PyTorchJob", names.pytorchjob(key.name, number - 2))]
+        wanted += [("ConfigMap", names.run_config(key.name, number - 2))]
+    found = await lookup.children(reader, key.namespace, wanted)
+    stands = [each for each in found.values() if not each["metadata"].get("deletionTimestamp")]
+    return tuple(each for each in stands if _ours(job, each) is not None)
 
 
 def references(job: FineTuneJob) -> list[Reference]:
@@ -83,12 +97,15 @@ def _is_of(pod: Object, job: FineTuneJob, attempt: int) -> bool:
     return all(_label(pod, name) == value for name, value in wanted.items())
 
 
-def _report(config_map: Object | None, job: FineTuneJob, attempt: int) -> ProgressReport | None:
+def _ours(job: FineTuneJob, found: Object | None) -> Object | None:
+    """The object, if it is this job's."""
+    owners = found["metadata"].get("ownerReferences") or [] if found is not None else []
+    return found if any(owner["uid"] == job.metadata.uid for owner in owners) else None
+
+
+def _report(progress: Object | None, attempt: int) -> ProgressReport | None:
     """What the trainer of this attempt reports; a broken report is passed over, not believed."""
-    owners = config_map["metadata"].get("ownerReferences") or [] if config_map else []
-    if config_map is None or all(owner["uid"] != job.metadata.uid for owner in owners):
-        return None
-    return status.believed((config_map.get("data") or {}).get(PROGRESS_KEY), attempt)
+    return status.believed((progress.get("data") or {}).get(PROGRESS_KEY), attempt) if progress is not None else None
 
 
 async def _warnings(

@@ -1,7 +1,8 @@
 """What should happen to a FineTuneJob now. Pure: plan(seen, now) reads no clock, no client and no event.
 
-An attempt is open (no end, no reason), ending (a reason, no end: its gang is on its way out) or closed (an end).
-Everything that must survive the operator between two looks stands in status.
+An attempt is open (no end, no reason), ending (a reason, no end: its gang is on its way out) or closed (an end). It
+stands in status before anything of it is made, which fixes the spec that it is made from; the UID of its PyTorchJob
+says that it was made. Everything that must survive the operator between two looks stands in status.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from trimtab_operator import trouble
 from trimtab_operator.finetunejob import build, gang, status
 from trimtab_operator.finetunejob.seen import Seen, finished
 from trimtab_operator.finetunejob.status import Word
-from trimtab_operator.plan import Event, Plan, Ref
+from trimtab_operator.plan import Event, Object, Plan, Ref
 from trimtab_operator.sources import Unmet
 from trimtab_operator.trouble import PodEnd, Trouble
 
@@ -32,6 +33,9 @@ CLEANING_SECONDS = 30.0
 """After a failure training-operator sends the rest of the gang away; after this long it is done for it."""
 RECHECK_SECONDS = (5.0, 300.0)
 """Shortest and longest wait before inputs are looked at again: half as long as they have been wrong."""
+
+REFUSED_SECONDS = 15.0
+"""Wait before an attempt that could not be made is begun again; a changed spec ends it."""
 
 STUCK_SECONDS = 10.0
 """What a pod is given to find the Secret, claim or image that it lacks, beyond the time between two looks."""
@@ -67,8 +71,10 @@ def plan(seen: Seen, now: datetime) -> Plan:
         return Plan(release=seen.leavings)
     if finished(seen.job):
         return retain(seen, now)
+    if seen.attempt is not None and seen.attempt.reason:
+        return closing(seen, now)
     if seen.attempt is not None:
-        return closing(seen, now) if seen.attempt.reason else watch(seen, now)
+        return watch(seen, now) if seen.attempt.uid else make(seen, now, seen.attempt)
     if (left := deadline(seen, now)) is not None and left <= 0 and not seen.job.spec.suspend:
         return expire(seen, now)
     if seen.job.spec.suspend:
@@ -79,8 +85,25 @@ def plan(seen: Seen, now: datetime) -> Plan:
 
 
 def hindered(seen: Seen, now: datetime, reason: str, message: str) -> dict[str, Any]:
-    """The status when an object cannot be made."""
-    return status.told(seen.job, now, "Unknown", Word(Reason(reason), message)).dump()
+    """The status when an object cannot be made. An attempt of which nothing runs is taken back, so that spec can be
+    mended: with the first one goes the start that fixes it."""
+    word = Word(Reason(reason), message)
+    attempt = seen.attempt
+    if attempt is None or attempt.uid is not None or seen.gang is not None:
+        return status.told(seen.job, now, "Unknown", word).dump()
+    ended = attempt.model_copy(
+        update={"end_time": status.stamp(now), "reason": word.reason.value, "message": status.cut(message)}
+    )
+    first = {"start_time": None, "resolved": None} if attempt.number == 1 else {}
+    return status.told(
+        seen.job,
+        now,
+        "Unknown",
+        word,
+        attempt=attempt.number - 1,
+        attempts=status.record(seen.job, ended),
+        **first,
+    ).dump()
 
 
 # ------------------------------------------------------------ before an attempt
@@ -88,8 +111,7 @@ def hindered(seen: Seen, now: datetime, reason: str, message: str) -> dict[str, 
 
 def expire(seen: Seen, now: datetime) -> Plan:
     """The deadline passed between two attempts."""
-    message = f"activeDeadlineSeconds ({seen.job.spec.active_deadline_seconds} s) passed. No further attempt is made."
-    word = Word(Reason.DEADLINE_EXCEEDED, message)
+    word = Word(Reason.DEADLINE_EXCEEDED, f"{_too_late(seen)}. No further attempt is made.")
     told = status.told(seen.job, now, "False", word, completion_time=status.stamp(now))
     event = Event("Warning", word.reason, word.message)
     return Plan(status=told.dump(), release=seen.leavings, delete=_preflight_ref(seen), events=(event,))
@@ -112,18 +134,15 @@ def pace(seen: Seen, now: datetime) -> float:
     if last.reason in NOT_BILLED:
         row = sum(each.reason in NOT_BILLED for each in known.attempts) + 2
     wait = min(600.0, 5.0 * 2.0 ** min(row, 10))
+    if last.number > known.attempt:  # it was taken back
+        wait = REFUSED_SECONDS if known.observed_generation == seen.job.metadata.generation else 0.0
     return (trouble.moment(last.end_time) + timedelta(seconds=wait) - now).total_seconds()
 
 
 def begin(seen: Seen, now: datetime) -> Plan:
     """Resolve, check the inputs, then start the next attempt."""
     known = status.of(seen.job)
-    number = known.attempt + 1
-    pinned = known.resolved
-    image = (pinned.image if pinned else None) or seen.settings.images.trainer
-    config = build.run_config(
-        seen.job, seen.settings, seen.producers, number, image, pinned.inputs if pinned and known.start_time else ()
-    )
+    config = configure(seen, known.attempt + 1)
     if isinstance(config, Unmet):
         # Told apart from a preflight's finding, which has looked at the inputs: nothing was looked at here.
         told = status.told(seen.job, now, "Unknown", Word(config.reason, config.message))
@@ -131,6 +150,15 @@ def begin(seen: Seen, now: datetime) -> Plan:
     if known.start_time is not None and seen.last is not None and seen.last.reason not in INPUTS:
         return start(seen, now, config)
     return check(seen, now, config)
+
+
+def configure(seen: Seen, number: int) -> RunConfig | Unmet:
+    """What the pods of this attempt are told. Inputs and image are those that the first attempt pinned."""
+    known = status.of(seen.job)
+    pinned = known.resolved
+    image = (pinned.image if pinned else None) or seen.settings.images.trainer
+    pins = pinned.inputs if pinned and known.start_time else ()
+    return build.run_config(seen.job, seen.settings, seen.producers, number, image, pins)
 
 
 def check(seen: Seen, now: datetime, config: RunConfig) -> Plan:
@@ -236,48 +264,63 @@ def _preflight_ref(seen: Seen) -> tuple[Ref, ...]:
 
 
 def start(seen: Seen, now: datetime, config: RunConfig, verdict: PodEnd | None = None) -> Plan:
-    """Make the next attempt. Inputs and image are pinned by the first one."""
+    """Write the next attempt down, with what it is made from. It is made at the next look, which comes at once."""
     job, known = seen.job, status.of(seen.job)
     ending = verdict.ending if verdict else None
     pins = list(ending.pins) if ending and known.start_time is None else list(config.pins)
-    config = config.model_copy(update={"pins": pins})
     conditions = known.conditions
     if ending is not None:
         found = ending.message or "every input is sound"
         conditions = status.with_inputs(job, "True", Word(Reason.INPUTS_SOUND, found), now)
-    attempt = Attempt(number=config.attempt, start_time=status.stamp(now))
     told = status.told(
         job,
         now,
         "Unknown",
-        Word(Reason.PENDING, f"attempt {config.attempt}: the pods are being made"),
+        _being_made(config.attempt),
         conditions=conditions,
         start_time=known.start_time or status.stamp(now),
         attempt=config.attempt,
-        attempts=status.record(job, attempt),
+        attempts=status.record(job, Attempt(number=config.attempt, start_time=status.stamp(now))),
         resolved=config.resolved.model_copy(update={"inputs": pins}),
         memory=(ending.memory if ending else None) or known.memory,
         suspended_seconds=known.suspended_seconds + _was_suspended(seen, now),
     )
+    return Plan(status=told.dump(), release=seen.leavings, requeue_after=0.0)
+
+
+def _being_made(number: int) -> Word:
+    return Word(Reason.PENDING, f"attempt {number}: the pods are being made")
+
+
+def make(seen: Seen, now: datetime, attempt: Attempt) -> Plan:
+    """Make what the attempt in status asks for; once its PyTorchJob is seen, clear away what is over and say so."""
+    job = seen.job
+    if seen.gang is not None and seen.needless:
+        return Plan(delete=tuple(_ref(each) for each in seen.needless), requeue_after=0.0)
+    if seen.gang is not None:
+        made = attempt.model_copy(update={"uid": seen.gang["metadata"]["uid"]})
+        told = status.told(job, now, "Unknown", _being_made(attempt.number), attempts=status.record(job, made))
+        event = Event("Normal", "Started", f"attempt {attempt.number} on {job.spec.distributed.nodes} pods")
+        return Plan(status=told.dump(), release=seen.leavings, events=(event,), requeue_after=CHECK_SECONDS)
+    if job.spec.suspend:
+        return leave(seen, now, Reason.SUSPENDED, "spec.suspend was set to true")
+    if (left := deadline(seen, now)) is not None and left <= 0:
+        return leave(seen, now, Reason.DEADLINE_EXCEEDED, _too_late(seen))
+    config = configure(seen, attempt.number)
+    if isinstance(config, Unmet):
+        told = status.told(job, now, "Unknown", Word(config.reason, config.message))
+        return Plan(status=told.dump(), release=seen.leavings, requeue_after=WATCH_SECONDS)
+    # What an earlier life left of this run.json may be of a spec that was mended since.
     return Plan(
+        apply=(build.run_map(job, config),),
         create=tuple(build.attempt(job, config, seen.settings)),
-        status=told.dump(),
         release=seen.leavings,
-        delete=(*_superseded(seen, config.attempt), *_preflight_ref(seen)),
-        events=(Event("Normal", "Started", f"attempt {config.attempt} on {job.spec.distributed.nodes} pods"),),
-        requeue_after=CHECK_SECONDS,
+        requeue_after=0.0,
     )
 
 
-def _superseded(seen: Seen, number: int) -> tuple[Ref, ...]:
-    """The attempt before the last one: the last one stays, so that its pods' logs can be read."""
-    if number <= 2:
-        return ()
-    meta = seen.job.metadata
-    return (
-        Ref("PyTorchJob", meta.namespace, names.pytorchjob(meta.name, number - 2)),
-        Ref("ConfigMap", meta.namespace, names.run_config(meta.name, number - 2)),
-    )
+def _too_late(seen: Seen) -> str:
+    return f"activeDeadlineSeconds ({seen.job.spec.active_deadline_seconds} s) passed"
 
 
 def _was_suspended(seen: Seen, now: datetime) -> int:
@@ -306,8 +349,7 @@ def watch(seen: Seen, now: datetime) -> Plan:
     if seen.job.spec.suspend:
         return leave(seen, now, Reason.SUSPENDED, "spec.suspend was set to true")
     if (left := deadline(seen, now)) is not None and left <= 0:
-        limit = seen.job.spec.active_deadline_seconds
-        return leave(seen, now, Reason.DEADLINE_EXCEEDED, f"activeDeadlineSeconds ({limit} s) passed")
+        return leave(seen, now, Reason.DEADLINE_EXCEEDED, _too_late(seen))
     if ends and (refusal := _success_without_artifact(seen, ends)):
         return leave(seen, now, Reason.CRASHED, refusal)
     if _failed(seen) and not any(trouble.running(pod) for pod in seen.pods):
@@ -589,8 +631,12 @@ def _fresh(pod: dict[str, Any], now: datetime) -> bool:
 def _gang_ref(seen: Seen) -> tuple[Ref, ...]:
     if seen.gang is None or seen.gang["metadata"].get("deletionTimestamp"):
         return ()
-    meta = seen.gang["metadata"]
-    return (Ref("PyTorchJob", meta["namespace"], meta["name"], uid=meta["uid"]),)
+    return (_ref(seen.gang),)
+
+
+def _ref(found: Object) -> Ref:
+    meta = found["metadata"]
+    return Ref(found["kind"], meta["namespace"], meta["name"], uid=meta["uid"])
 
 
 def retain(seen: Seen, now: datetime) -> Plan:

@@ -22,7 +22,7 @@ class Seen:
     preflight: Object | None = None
     preflight_pods: tuple[Object, ...] = ()
     gang: Object | None = None
-    """The PyTorchJob of the open attempt, or of the one that would come next."""
+    """The PyTorchJob of the open attempt."""
     pods: tuple[Object, ...] = ()
     """Trainer pods of the open attempt."""
     leavings: tuple[Object, ...] = ()
@@ -30,6 +30,9 @@ class Seen:
     progress: Object | None = None
     """The ConfigMap that the open attempt reports into."""
     report: ProgressReport | None = None
+    needless: tuple[Object, ...] = ()
+    """While the open attempt is made: the preflight, and the attempt before the last one. The last one stays, so that
+    its pods' logs can be read."""
     events: tuple[Object, ...] = ()
     """Warning events of the namespace, read only while something does not run."""
 

@@ -28,20 +28,22 @@ def decided(document: dict[str, Any], **there: Any) -> Plan:
 
 
 def way(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """What is made and said when nothing goes wrong: the look at the inputs, the attempt, the end."""
+    """What is made and said when nothing goes wrong: inputs, attempt, gang, end."""
     first = decided(document)
     preflight = next(made for made in first.create if made["kind"] == "Job")
     preflight["metadata"] |= {"uid": "p1", "creationTimestamp": "2026-01-01T11:59:00Z"}
     sound = Ending(reason=Reason.INPUTS_SOUND, rows=40)
     checked = pod("preflight", "check", **terminated("preflight", 0, sound))
     second = decided(document, preflight=preflight, preflight_pods=(checked,))
-    gang = next(made for made in second.create if made["kind"] == "PyTorchJob")
+    third = decided({**document, "status": second.status})
+    gang = next(made for made in third.create if made["kind"] == "PyTorchJob")
     gang["metadata"] |= {"uid": "g1"}
-    begun = {**document, "status": second.status}
-    third = decided(begun, gang=gang, pods=(pod("trainer", "master", 1, **terminated("pytorch", 0, published())),))
+    fourth = decided({**document, "status": second.status}, gang=gang)
+    ended = pod("trainer", "master", 1, **terminated("pytorch", 0, published()))
+    fifth = decided({**document, "status": fourth.status}, gang=gang, pods=(ended,))
     return [
         {"create": list(each.create), "apply": list(each.apply), "status": each.status}
-        for each in (first, second, third)
+        for each in (first, second, third, fourth, fifth)
     ]
 
 

@@ -73,13 +73,20 @@ class Story:
     gang: dict[str, Any] | None = None
     pods: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
+    needless: list[dict[str, Any]] = field(default_factory=list)
 
     def attempt(self, number: int, seconds: float = -60, **changes: Any) -> Story:
-        """An attempt that began; open unless an endTime is given."""
+        """An attempt that was made; open unless an endTime is given."""
+        self.begun(number, seconds, uid=f"g{number}", **changes)
+        meta = {"name": f"job-{number}", "namespace": "ns", "uid": f"g{number}"}
+        self.gang = {"kind": "PyTorchJob", "metadata": meta, "spec": {}}
+        return self
+
+    def begun(self, number: int, seconds: float = -60, **changes: Any) -> Story:
+        """An attempt that stands in status."""
         attempts = [*self.status.get("attempts", []), {"number": number, "startTime": at(seconds), **changes}]
         self.status |= {"attempt": number, "attempts": attempts}
         self.status.setdefault("startTime", at(seconds))
-        self.gang = {"metadata": {"name": f"job-{number}", "namespace": "ns", "uid": f"g{number}"}, "spec": {}}
         return self
 
     def failed(self) -> Story:
@@ -140,6 +147,7 @@ class Story:
             pods=tuple(self.pods),
             progress={"metadata": {"name": "job-progress"}},
             events=tuple(self.events),
+            needless=tuple(self.needless),
         )
 
 

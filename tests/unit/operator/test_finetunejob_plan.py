@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -22,12 +23,13 @@ from tests.unit.operator.makers import (
     pod,
     published,
     terminated,
+    text,
 )
 from trimtab_api.contract import Ending, ProgressReport
 from trimtab_api.v1alpha1.progress import FineTuneJobStatus, Memory, Progress
 from trimtab_api.v1alpha1.status import PinnedInput
 from trimtab_operator.finetunejob import status
-from trimtab_operator.finetunejob.plan import plan
+from trimtab_operator.finetunejob.plan import hindered, plan
 from trimtab_operator.plan import Plan
 
 SOUND = Ending(
@@ -68,11 +70,36 @@ CASES = [
         ("Unknown", "Suspended"),
     ),
     Case(
-        "sound inputs start the first attempt, the PyTorchJob last",
+        "sound inputs write the first attempt down before anything of it is made",
         lambda: Story().checked(0, SOUND),
         ("Unknown", "Pending"),
-        makes=("ServiceAccount", "Role", "RoleBinding", "ConfigMap", "ConfigMap", "PyTorchJob"),
+    ),
+    Case(
+        "an attempt that stands in status is made, the PyTorchJob last",
+        lambda: Story().begun(1),
+        None,
+        makes=("ServiceAccount", "Role", "RoleBinding", "ConfigMap", "PyTorchJob"),
+    ),
+    Case(
+        "what is over is cleared away before an attempt is said to be made",
+        lambda: _begun_and_made(needless=True),
+        None,
         deletes=("job-preflight",),
+    ),
+    Case(
+        "an attempt whose PyTorchJob is there is said to be made",
+        lambda: _begun_and_made(),
+        ("Unknown", "Pending"),
+    ),
+    Case(
+        "suspended before its PyTorchJob is made, an attempt ends and makes none",
+        lambda: Story(spec={"suspend": True}).begun(1),
+        ("Unknown", "Suspended"),
+    ),
+    Case(
+        "past its deadline, an attempt that was not made yet is none",
+        lambda: Story(spec={"activeDeadlineSeconds": 30}).begun(1),
+        ("False", "DeadlineExceeded"),
     ),
     Case(
         "a mistake in the inputs is told and leaves the job waiting",
@@ -270,6 +297,15 @@ def _unschedulable() -> dict[str, Any]:
     return {"conditions": [told]}
 
 
+def _begun_and_made(needless: bool = False) -> Story:
+    """The PyTorchJob was made, and the operator killed before it said so."""
+    story = Story().attempt(1)
+    del story.status["attempts"][0]["uid"]
+    if needless:
+        story.needless = [{"kind": "Job", "metadata": {"name": "job-preflight", "namespace": "ns", "uid": "p1"}}]
+    return story
+
+
 def _without_gang() -> Story:
     story = Story().attempt(1)
     story.gang = None
@@ -328,10 +364,14 @@ def test_an_ended_attempt_lets_its_evidence_go_only_with_the_status_that_tells_o
 
 
 def test_a_restart_of_the_plan_makes_the_same_attempt() -> None:
-    """Killed between the PyTorchJob and the status that tells of it, the operator decides the same again."""
-    first, second = (plan(Story().checked(0, SOUND).seen(), NOW) for _ in range(2))
-    assert first.create == second.create
-    assert [made["metadata"]["name"] for made in first.create if made["kind"] == "PyTorchJob"] == ["job-1"]
+    """Killed between any of the objects and the status that tells of them, the operator makes the same again."""
+    first, second = (plan(Story().begun(1).seen(), NOW) for _ in range(2))
+    assert (first.apply, first.create) == (second.apply, second.create)
+    assert [made["metadata"]["name"] for made in first.apply] == ["job-1-run"]
+    assert first.create[-1]["metadata"]["name"] == "job-1"
+    made = plan(_begun_and_made().seen(), NOW)
+    assert attempts(made)[0]["uid"] == "g1"
+    assert [event.reason for event in made.events] == ["Started"]
 
 
 def test_the_estimate_of_memory_is_told_when_the_first_attempt_starts_and_stays() -> None:
@@ -356,18 +396,56 @@ def test_a_run_that_ended_early_shows_its_step(reached: int | None, shown: str) 
     assert (done.steps, done.eta) == (shown, "")
 
 
-def test_image_and_inputs_are_pinned_by_the_first_attempt() -> None:
-    story = Story().checked(0, SOUND)
-    first = plan(story.seen(), NOW)
+def test_image_and_inputs_are_pinned_before_anything_is_made_from_them() -> None:
+    first = plan(Story().checked(0, SOUND).seen(), NOW)
     assert first.status is not None
+    assert first.status["startTime"] == at(0), "from now on the API server refuses another spec"
     assert first.status["resolved"]["inputs"][0]["digest"] == "sha256:" + "b" * 64
-    again = Story(status={**first.status, "preemptions": 1})
-    again.status["attempts"] = [{"number": 1, "startTime": at(-60), "endTime": at(-5), "reason": "Preempted"}]
-    again.status["resolved"] = {**first.status["resolved"], "image": "registry/trainer@sha256:old"}
-    second = plan(again.seen(), NOW)
-    gang = next(made for made in second.create if made["kind"] == "PyTorchJob")
-    assert gang["metadata"]["name"] == "job-2"
-    assert "sha256:old" in str(gang)
+    begun = Story(status={**first.status, "resolved": {**first.status["resolved"], "image": "registry/old"}})
+    made = plan(begun.seen(), NOW)
+    assert "registry/old" in text(made.create[-1])
+    assert "sha256:" + "b" * 64 in text(made.apply)
+
+
+def test_later_attempts_take_the_image_and_inputs_of_the_first() -> None:
+    first = plan(Story().checked(0, SOUND).seen(), NOW)
+    assert first.status is not None
+    ended = {"number": 1, "uid": "g1", "startTime": at(-60), "endTime": at(-5), "reason": "Preempted"}
+    resolved = {**first.status["resolved"], "image": "registry/old"}
+    again = plan(Story(status={**first.status, "attempts": [ended], "resolved": resolved}).seen(), NOW)
+    assert again.status is not None
+    assert (again.status["attempt"], again.status["resolved"]) == (2, resolved)
+
+
+def test_an_attempt_that_cannot_be_made_is_taken_back_so_that_spec_can_be_mended() -> None:
+    first = plan(Story().checked(0, SOUND).seen(), NOW)
+    assert first.status is not None
+    refused = hindered(Story(status=dict(first.status)).seen(), NOW, "PodsRefused", "no quota")
+    assert FineTuneJobStatus.model_validate(refused).dump() == refused
+    assert (refused["attempt"], refused.get("startTime"), refused.get("resolved")) == (0, None, None)
+    story = Story(status=refused).checked(0, SOUND)
+    waits = plan(story.seen(), NOW)
+    assert (waits.status, waits.requeue_after) == (None, 15.0)
+    again = plan(story.seen(), NOW + timedelta(seconds=16))
+    assert [each["number"] for each in attempts(again)] == [1]
+    story.status["observedGeneration"] = 2
+    assert [each["number"] for each in attempts(plan(story.seen(), NOW))] == [1], "a changed spec is tried at once"
+
+
+def test_a_later_attempt_that_cannot_be_made_keeps_the_start_and_its_number() -> None:
+    story = Story().attempt(1, endTime=at(-90), reason="Preempted").begun(2)
+    story.status["resolved"] = plan(Story().checked(0, SOUND).seen(), NOW).status["resolved"]  # type: ignore[index]
+    refused = hindered(replace(story.seen(), gang=None), NOW, "NameConflict", "taken")
+    assert refused["startTime"] == at(-60)
+    assert [(each["number"], each["reason"]) for each in refused["attempts"]] == [(1, "Preempted"), (2, "NameConflict")]
+    again = plan(Story(status=refused).seen(), NOW + timedelta(seconds=16))
+    assert [each["number"] for each in attempts(again)] == [1, 2]
+
+
+def test_an_attempt_that_was_made_is_not_taken_back() -> None:
+    told = hindered(_begun_and_made().seen(), NOW, "PodsRefused", "no ConfigMap")
+    assert told["attempt"] == 1
+    assert "endTime" not in told["attempts"][0]
 
 
 def test_failures_wait_longer_each_time_and_preemptions_do_not_wait() -> None:
@@ -380,7 +458,7 @@ def test_failures_wait_longer_each_time_and_preemptions_do_not_wait() -> None:
     assert once.requeue_after is not None
     assert twice.requeue_after is not None
     assert 0 < once.requeue_after < twice.requeue_after
-    assert kinds(ended("Preempted", 0))[-1] == "PyTorchJob"
+    assert [each["number"] for each in attempts(ended("Preempted", 0))] == [1, 2]
 
 
 def test_a_report_of_an_earlier_attempt_is_not_believed() -> None:
