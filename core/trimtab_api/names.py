@@ -98,8 +98,8 @@ def labels(kind: str, name: str, uid: str, role: str | None = None, attempt: int
     return derived
 
 
-def pods_of(uid: str) -> str:
-    """The selector of every pod that belongs to one of our objects."""
+def children_of(uid: str) -> str:
+    """The selector of everything that belongs to one of our objects."""
     return f"{OWNER_UID}={uid}"
 
 

@@ -8,11 +8,8 @@ from collections.abc import Iterable, Mapping
 from trimtab_api import names
 from trimtab_api.v1alpha1 import FineTuneJob, MergeJob
 from trimtab_operator.kube import Reader
-from trimtab_operator.plan import Gone, Key, Object
+from trimtab_operator.plan import Child, Gone, Key, Object
 from trimtab_operator.sources import Producer, Producers, Reference
-
-Child = tuple[str, str]
-"""Kind and name."""
 
 
 async def producers(reader: Reader, namespace: str, references: Iterable[Reference]) -> Producers:
@@ -37,7 +34,7 @@ async def children(reader: Reader, namespace: str, wanted: Iterable[Child]) -> M
 
 async def pods(reader: Reader, namespace: str, uid: str) -> tuple[Object, ...]:
     """The pods of one of our resources, oldest first."""
-    found = await reader.list("Pod", namespace, names.pods_of(uid))
+    found = await reader.list("Pod", namespace, names.children_of(uid))
     return tuple(sorted(found, key=lambda pod: (pod["metadata"].get("creationTimestamp", ""), pod["metadata"]["name"])))
 
 

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 Object = dict[str, Any]
 """A Kubernetes object as JSON types."""
+Child = tuple[str, str]
+"""Kind and name of an object in the namespace of its owner."""
 
 
 @dataclass(frozen=True, order=True)

@@ -148,6 +148,44 @@ def test_a_deleted_pod_counts_as_a_preemption(stage: Training) -> None:
     assert (status.get("failures", 0), status["preemptions"]) == (0, 1)
 
 
+def test_what_stands_around_a_gang_comes_back_when_it_is_deleted(stage: Training) -> None:
+    stage.apply("bare")
+    stage.check("bare")
+    stage.gang("bare")
+    stage.until("bare", "Running")
+    for kind, name in [("ConfigMap", "bare-progress"), ("ConfigMap", "bare-1-run"), ("Role", "bare-trainer")]:
+        before = stage.until_there(kind, name)
+        stage.delete(kind, name)
+        if kind == "Role":  # its loss is noticed by the silence that it brings about
+            stage.report("bare", 1, 5, updatedTime="2026-01-01T00:00:00Z")
+
+        def back(kind: str = kind, name: str = name, uid: str = before["metadata"]["uid"]) -> bool:
+            found = stage.get(kind, name)
+            return found is not None and found["metadata"]["uid"] != uid
+
+        eventually(back, f"{kind} {name} is back", 40)
+    assert stage.told("bare")["attempt"] == 1
+
+
+def test_a_gang_that_somebody_deletes_goes_on_from_its_checkpoint(stage: Training) -> None:
+    stage.apply("taken", retries={"limit": 0})
+    stage.check("taken")
+    (master,) = stage.gang("taken")
+    stage.until("taken", "Running")
+    stage.delete("PyTorchJob", "taken-1")
+    eventually(lambda: told_to_leave(stage, master), "the garbage collector reaches the pod")
+    assert stage.get("PyTorchJob", "taken-2") is None, "no second gang while a pod of the first may still write"
+    stage.end(master, 76, {"reason": "Preempted", "message": "step 6 is saved", "step": 6})
+    stage.until_there("PyTorchJob", "taken-2", 40)
+    first = stage.told("taken")["attempts"][0]
+    assert (first["reason"], first["toStep"]) == ("Preempted", 6)
+    assert stage.told("taken").get("failures", 0) == 0
+
+
+def told_to_leave(stage: Training, pod: Object) -> bool:
+    return "deletionTimestamp" in (stage.get("Pod", pod["metadata"]["name"]) or {"metadata": {}})["metadata"]
+
+
 def test_the_last_retry_used_up_is_final_and_says_why(stage: Training) -> None:
     stage.apply("doomed", retries={"limit": 0})
     stage.check("doomed")

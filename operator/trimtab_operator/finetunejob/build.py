@@ -231,6 +231,11 @@ def attempt(job: FineTuneJob, config: RunConfig, settings: Settings) -> list[Obj
     return [*access(job), progress_map(job), pytorchjob(job, config, settings)]
 
 
+def lasting(job: FineTuneJob, config: RunConfig) -> list[Object]:
+    """What stands around a gang for as long as it runs: it is made again when it goes."""
+    return [*access(job), progress_map(job), run_map(job, config)]
+
+
 def pytorchjob(job: FineTuneJob, config: RunConfig, settings: Settings) -> Object:
     """The gang of one attempt.
 

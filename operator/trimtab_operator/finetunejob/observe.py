@@ -10,15 +10,17 @@ from trimtab_api.contract import PROGRESS_KEY, ProgressReport
 from trimtab_api.v1alpha1 import FineTuneJob
 from trimtab_api.v1alpha1.progress import Attempt
 from trimtab_operator import lookup, trouble
-from trimtab_operator.finetunejob import status
+from trimtab_operator.finetunejob import build, status
 from trimtab_operator.finetunejob.seen import Seen, finished
 from trimtab_operator.kube import Reader
-from trimtab_operator.plan import Gone, Key, Object
+from trimtab_operator.plan import Child, Gone, Key, Object
 from trimtab_operator.settings import Settings
 from trimtab_operator.sources import Reference, referenced
 
 PATIENCE_SECONDS = 4
 """A pod that does not run after this long is asked for its events."""
+LISTENING_SECONDS = 60
+"""A trainer that reported nothing for this long may have lost the right to: that is looked at then, and only then."""
 
 
 async def observe(reader: Reader, key: Key, settings: Settings) -> tuple[Object, Seen] | Gone:
@@ -52,24 +54,40 @@ async def _between_attempts(reader: Reader, key: Key, job: FineTuneJob, settings
 
 
 async def _within_attempt(reader: Reader, key: Key, job: FineTuneJob, settings: Settings, attempt: Attempt) -> Seen:
-    """The gang and what it reports; what it is made from as long as it was not seen to be made."""
+    """The gang and what it reports; what it is made from while any of that is missing."""
     number, unmade = attempt.number, attempt.uid is None
     every = await reader.list("Pod", key.namespace, names.pods_of_name(key.kind, key.name))
     mine = tuple(pod for pod in every if _is_of(pod, job, number))
     gang = _ours(job, await reader.get("PyTorchJob", key.namespace, names.pytorchjob(key.name, number)))
-    progress = _ours(job, await reader.get("ConfigMap", key.namespace, names.progress(key.name)))
+    maps = await reader.list("ConfigMap", key.namespace, names.children_of(job.metadata.uid))
+    report = _report(maps, names.progress(key.name), number)
+    missing = frozenset() if unmade else await _missing(reader, key, job, number, maps, report)
     return Seen(
         job=job,
         settings=settings,
-        producers=await lookup.producers(reader, key.namespace, references(job)) if unmade else {},
+        producers=await lookup.producers(reader, key.namespace, references(job)) if unmade or missing else {},
         gang=gang,
         pods=mine,
         leavings=tuple(pod for pod in every if lookup.is_evidence(pod) and pod not in mine),
         needless=await _needless(reader, key, job, number) if unmade else (),
-        progress=progress,
-        report=_report(progress, number),
+        missing=missing,
+        report=report,
         events=await _warnings(reader, key, gang, mine, job.spec.distributed.nodes),
     )
+
+
+async def _missing(
+    reader: Reader, key: Key, job: FineTuneJob, number: int, maps: Sequence[Object], report: ProgressReport | None
+) -> frozenset[Child]:
+    """The ConfigMaps of the attempt that do not stand, and the rights to report while no report comes."""
+    wanted = {("ConfigMap", names.progress(key.name)), ("ConfigMap", names.run_config(key.name, number))}
+    stands = {("ConfigMap", each["metadata"]["name"]) for each in maps}
+    heard = report.progress.updated_time if report and report.progress else None
+    if heard is None or _since(heard) > LISTENING_SECONDS:
+        access = {(made["kind"], made["metadata"]["name"]) for made in build.access(job)}
+        wanted |= access
+        stands |= (await lookup.children(reader, key.namespace, access)).keys()
+    return frozenset(wanted - stands)
 
 
 async def _needless(reader: Reader, key: Key, job: FineTuneJob, number: int) -> tuple[Object, ...]:
@@ -103,20 +121,26 @@ def _ours(job: FineTuneJob, found: Object | None) -> Object | None:
     return found if any(owner["uid"] == job.metadata.uid for owner in owners) else None
 
 
-def _report(progress: Object | None, attempt: int) -> ProgressReport | None:
+def _report(maps: Sequence[Object], name: str, attempt: int) -> ProgressReport | None:
     """What the trainer of this attempt reports; a broken report is passed over, not believed."""
-    return status.believed((progress.get("data") or {}).get(PROGRESS_KEY), attempt) if progress is not None else None
+    found = next((each for each in maps if each["metadata"]["name"] == name), {})
+    return status.believed((found.get("data") or {}).get(PROGRESS_KEY), attempt)
 
 
 async def _warnings(
     reader: Reader, key: Key, parent: Object | None, pods: Sequence[Object], wanted: int
 ) -> tuple[Object, ...]:
     """The warnings about pods that are late, and about their maker when some are missing: only they tell why."""
-    late = [pod for pod in pods if not trouble.ended(pod) and not trouble.running(pod) and _age(pod) > PATIENCE_SECONDS]
+    late = [
+        pod
+        for pod in pods
+        if not trouble.ended(pod)
+        and not trouble.running(pod)
+        and _since(pod["metadata"]["creationTimestamp"]) > PATIENCE_SECONDS
+    ]
     about = [*late, *([parent] if parent is not None and len(pods) < wanted else [])]
     return await lookup.warnings(reader, key.namespace, (each["metadata"]["uid"] for each in about))
 
 
-def _age(pod: Object) -> float:
-    created = pod["metadata"].get("creationTimestamp")
-    return (datetime.now(UTC) - trouble.moment(created)).total_seconds() if created else 0.0
+def _since(text: str) -> float:
+    return (datetime.now(UTC) - trouble.moment(text)).total_seconds()

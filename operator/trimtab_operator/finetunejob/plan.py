@@ -361,8 +361,18 @@ def watch(seen: Seen, now: datetime) -> Plan:
     word = Word(Reason.RUNNING, f"attempt {attempt.number} runs on {len(seen.pods)} pods")
     told = _with_report(seen, now, word)
     again = WATCH_SECONDS if left is None else max(1.0, min(WATCH_SECONDS, left))
-    missing = () if seen.progress is not None else (build.progress_map(seen.job),)
-    return Plan(create=missing, status=told.dump(), release=seen.leavings, requeue_after=again)
+    return Plan(create=_mended(seen), status=told.dump(), release=seen.leavings, requeue_after=again)
+
+
+def _mended(seen: Seen) -> tuple[Object, ...]:
+    """What somebody took away from under the gang."""
+    attempt = seen.attempt
+    assert attempt is not None
+    config = configure(seen, attempt.number) if seen.missing else None
+    if not isinstance(config, RunConfig):
+        return ()
+    made = build.lasting(seen.job, config)
+    return tuple(each for each in made if (each["kind"], each["metadata"]["name"]) in seen.missing)
 
 
 def assemble(seen: Seen, now: datetime) -> Plan:
@@ -371,7 +381,8 @@ def assemble(seen: Seen, now: datetime) -> Plan:
     assert attempt is not None
     if _queued(seen):
         word = Word(Reason.PENDING, f"PyTorchJob {_gang_name(seen)} is held by its queue")
-        return Plan(status=_with_report(seen, now, word).dump(), release=seen.leavings, requeue_after=WATCH_SECONDS)
+        told = _with_report(seen, now, word).dump()
+        return Plan(create=_mended(seen), status=told, release=seen.leavings, requeue_after=WATCH_SECONDS)
     found = next((found for pod in seen.pods if (found := trouble.of_pod(pod, seen.events))), None)
     found = found or _refused(seen)
     waited = (now - gang.assembling_since(seen.pods, attempt.start_time)).total_seconds()
@@ -383,7 +394,8 @@ def assemble(seen: Seen, now: datetime) -> Plan:
     word = Word(Reason.PENDING, f"attempt {attempt.number}: {up} of {seen.job.spec.distributed.nodes} pods run")
     if found is not None:
         word = Word(found.reason, _remedied(found))
-    return Plan(status=_with_report(seen, now, word).dump(), release=seen.leavings, requeue_after=CHECK_SECONDS)
+    told = _with_report(seen, now, word).dump()
+    return Plan(create=_mended(seen), status=told, release=seen.leavings, requeue_after=CHECK_SECONDS)
 
 
 def _refused(seen: Seen) -> Trouble | None:

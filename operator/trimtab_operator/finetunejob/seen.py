@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from trimtab_api.contract import ProgressReport
 from trimtab_api.v1alpha1 import FineTuneJob
 from trimtab_api.v1alpha1.progress import Attempt
-from trimtab_operator.plan import Object
+from trimtab_operator.plan import Child, Object
 from trimtab_operator.settings import Settings
 from trimtab_operator.sources import Producers
 
@@ -27,8 +27,8 @@ class Seen:
     """Trainer pods of the open attempt."""
     leavings: tuple[Object, ...] = ()
     """Trainer pods of closed attempts, and of a predecessor of the same name."""
-    progress: Object | None = None
-    """The ConfigMap that the open attempt reports into."""
+    missing: frozenset[Child] = frozenset()
+    """What an attempt that was made needs, was looked for, and does not stand."""
     report: ProgressReport | None = None
     needless: tuple[Object, ...] = ()
     """While the open attempt is made: the preflight, and the attempt before the last one. The last one stays, so that

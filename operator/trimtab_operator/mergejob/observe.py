@@ -9,7 +9,7 @@ from trimtab_api.v1alpha1 import FineTuneJob, MergeJob
 from trimtab_operator import lookup, trouble
 from trimtab_operator.kube import Reader
 from trimtab_operator.mergejob.plan import Seen, finished
-from trimtab_operator.plan import Gone, Key, Object
+from trimtab_operator.plan import Child, Gone, Key, Object
 from trimtab_operator.settings import Settings
 from trimtab_operator.sources import Producers, Reference, referenced
 
@@ -36,7 +36,7 @@ async def observe(settings: Settings, reader: Reader, key: Key) -> tuple[Object,
     )
 
 
-def _children(job: MergeJob) -> list[lookup.Child]:
+def _children(job: MergeJob) -> list[Child]:
     name = names.merge(job.metadata.name)
     if finished(job):
         return [("Job", name)]

@@ -8,7 +8,7 @@ from trimtab_operator import lookup
 from trimtab_operator.kube import Reader
 from trimtab_operator.modeldeployment.plan import Seen
 from trimtab_operator.modeldeployment.status import is_ready
-from trimtab_operator.plan import Gone, Key, Object
+from trimtab_operator.plan import Child, Gone, Key, Object
 from trimtab_operator.settings import Settings
 from trimtab_operator.sources import referenced
 
@@ -38,6 +38,6 @@ async def observe(settings: Settings, reader: Reader, key: Key) -> tuple[Object,
     )
 
 
-def _children(name: str) -> list[lookup.Child]:
+def _children(name: str) -> list[Child]:
     config_maps = (names.serving_desired(name), names.serving_reports(name))
     return [*((kind, names.server(name)) for kind in CHILDREN), *(("ConfigMap", each) for each in config_maps)]

@@ -74,6 +74,7 @@ class Story:
     pods: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
     needless: list[dict[str, Any]] = field(default_factory=list)
+    missing: set[tuple[str, str]] = field(default_factory=set)
 
     def attempt(self, number: int, seconds: float = -60, **changes: Any) -> Story:
         """An attempt that was made; open unless an endTime is given."""
@@ -145,7 +146,7 @@ class Story:
             preflight_pods=tuple(self.preflight_pods),
             gang=self.gang,
             pods=tuple(self.pods),
-            progress={"metadata": {"name": "job-progress"}},
+            missing=frozenset(self.missing),
             events=tuple(self.events),
             needless=tuple(self.needless),
         )

@@ -241,6 +241,18 @@ CASES = [
         ("Unknown", "Restarting"),
     ),
     Case(
+        "what was taken away from under a gang that runs is made again",
+        lambda: _without(Story().attempt(1).runs(RUNNING), ("ConfigMap", "job-1-run"), ("Role", "job-trainer")),
+        ("Unknown", "Running"),
+        makes=("Role", "ConfigMap"),
+    ),
+    Case(
+        "and so it is while the gang is not complete",
+        lambda: _without(Story().attempt(1), ("ConfigMap", "job-1-run")),
+        ("Unknown", "Pending"),
+        makes=("ConfigMap",),
+    ),
+    Case(
         "suspending sends the gang away",
         lambda: Story(spec={"suspend": True}).attempt(1).runs(RUNNING),
         ("Unknown", "Suspended"),
@@ -303,6 +315,11 @@ def _begun_and_made(needless: bool = False) -> Story:
     del story.status["attempts"][0]["uid"]
     if needless:
         story.needless = [{"kind": "Job", "metadata": {"name": "job-preflight", "namespace": "ns", "uid": "p1"}}]
+    return story
+
+
+def _without(story: Story, *missing: tuple[str, str]) -> Story:
+    story.missing |= set(missing)
     return story
 
 

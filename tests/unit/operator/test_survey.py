@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
+from tests.unit.operator.cluster import Cluster
 from tests.unit.operator.makers import NOW, SETTINGS, Story, at, pod
+from trimtab_api import names
 from trimtab_operator import finetunejob
 from trimtab_operator.finetunejob.plan import plan
 from trimtab_operator.plan import Key, Object
@@ -18,34 +19,21 @@ from trimtab_operator.survey import NotHeld, Survey
 KEY = Key("FineTuneJob", "ns", "job")
 
 
-class Cluster:
-    """A Reader of what a test put there; it counts what it is asked."""
-
-    def __init__(self, objects: Mapping[str, list[Object]]) -> None:
-        self.objects = objects
-        self.asked: list[str] = []
-
-    async def get(self, kind: str, namespace: str, name: str) -> Object | None:
-        raise AssertionError(f"a survey asks for no single object: {kind} {name}")
-
-    async def metadata(self, kind: str, namespace: str | None, labels: str = "") -> list[Object]:
-        self.asked.append(kind)
-        return [{"metadata": each["metadata"]} for each in self.objects.get(kind, [])]
-
-    async def list(self, kind: str, namespace: str | None, labels: str = "", fields: str = "") -> list[Object]:
-        self.asked.append(kind)
-        return self.objects.get(kind, [])
-
-
 def document(story: Story) -> Object:
     """The story's job as a list tells it, with what the server adds."""
     found = story.job().dump()
     found["metadata"]["managedFields"] = [{"manager": "kubectl"}]
-    return found
+    return {"kind": "FineTuneJob", **found}
 
 
-def survey(**objects: list[Object]) -> Survey:
-    return asyncio.run(Survey.take(Cluster(objects), []))
+def kept(pod_of: int = 1, **meta: Any) -> Object:
+    made = pod("trainer", "job-1-master-0", pod_of)
+    labels = made["metadata"]["labels"] | dict([names.CHILDREN.split("=")])
+    return {"kind": "Pod", "metadata": {**made["metadata"], "labels": labels, **meta}}
+
+
+def survey(*objects: Object) -> Survey:
+    return asyncio.run(Survey.take(Cluster(*objects), []))
 
 
 def found(taken: Survey, key: Key = KEY) -> Rest | None:
@@ -75,41 +63,39 @@ def test_a_thousand_resting_jobs_cost_a_list_of_each_kind() -> None:
         job = document(ended("Succeeded"))
         job["metadata"]["name"] = f"job-{number}"
         jobs.append(job)
-    cluster = Cluster({"FineTuneJob": jobs})
+    cluster = Cluster(*jobs)
     taken = asyncio.run(Survey.take(cluster, []))
-    assert cluster.asked == ["FineTuneJob", "MergeJob", "ModelDeployment", "Pod", "Job"]
+    assert cluster.asked == ["FineTuneJobs", "MergeJobs", "ModelDeployments", "Pods", "Jobs"]
     assert len(taken.resources()) == 1000
     assert all(found(taken, key) == Rest() for key in taken.resources())
 
 
 def test_a_job_that_says_what_it_waits_for_rests() -> None:
     told = document(waiting())
-    assert found(survey(FineTuneJob=[told])) == Rest()
+    assert found(survey(told)) == Rest()
     parent = document(Story())
     parent["metadata"]["name"] = "parent"
-    assert found(survey(FineTuneJob=[told, parent])) is None, "the parent is there now, and the message says it is not"
+    assert found(survey(told, parent)) is None, "the parent is there now, and the message says it is not"
 
 
 def test_a_job_with_an_attempt_or_a_preflight_is_looked_at_by_itself() -> None:
-    assert found(survey(FineTuneJob=[document(Story().attempt(1))])) is None
-    preflight = {"metadata": {"name": "job-preflight", "namespace": "ns"}}
-    assert found(survey(FineTuneJob=[document(waiting())], Job=[preflight])) is None
+    assert found(survey(document(Story().attempt(1)))) is None
+    preflight = {"kind": "Job", "metadata": kept()["metadata"] | {"name": "job-preflight"}}
+    assert found(survey(document(waiting()), preflight)) is None
 
 
 def test_a_new_job_is_looked_at_by_itself() -> None:
-    assert found(survey(FineTuneJob=[document(Story())])) is None
+    assert found(survey(document(Story()))) is None
 
 
 def test_evidence_to_let_go_is_something_to_do() -> None:
     job = document(ended("Succeeded"))
-    kept = pod("trainer", "job-1-master-0", 1)
-    assert found(survey(FineTuneJob=[job], Pod=[kept])) is None
-    let_go = {"metadata": {**kept["metadata"], "finalizers": []}}
-    assert found(survey(FineTuneJob=[job], Pod=[let_go])) == Rest()
+    assert found(survey(job, kept())) is None
+    assert found(survey(job, kept(finalizers=[]))) == Rest()
 
 
 def test_evidence_of_a_resource_that_is_gone_is_found() -> None:
-    taken = survey(Pod=[pod("trainer", "job-1-master-0", 1)])
+    taken = survey(kept())
     assert taken.resources() == {KEY}
     assert found(taken) is None
 
@@ -117,7 +103,7 @@ def test_evidence_of_a_resource_that_is_gone_is_found() -> None:
 def test_what_time_alone_will_change_is_looked_at_then() -> None:
     story = ended("Succeeded", ttlSecondsAfterFinished=3_000_000)
     story.status["completionTime"] = "2126-01-01T00:00:00Z"
-    rest = found(survey(FineTuneJob=[document(story)]))
+    rest = found(survey(document(story)))
     assert rest is not None
     assert rest.requeue_after is not None
     assert rest.requeue_after > 3_000_000
@@ -125,7 +111,7 @@ def test_what_time_alone_will_change_is_looked_at_then() -> None:
 
 @pytest.mark.parametrize("kind", ["ConfigMap", "PyTorchJob", "Pod"])
 def test_what_is_not_held_is_not_told(kind: str) -> None:
-    taken = survey(Pod=[pod("trainer", "job-1", 1)])
+    taken = survey(kept(name="job-1"))
     with pytest.raises(NotHeld):
         asyncio.run(taken.get(kind, "ns", "job-1"))
     with pytest.raises(NotHeld):
@@ -133,6 +119,6 @@ def test_what_is_not_held_is_not_told(kind: str) -> None:
 
 
 def test_what_is_known_not_to_exist_is_told() -> None:
-    taken = survey(Pod=[pod("trainer", "job-1", 1)])
+    taken = survey(kept(name="job-1"))
     assert asyncio.run(taken.get("Pod", "ns", "job-2")) is None
     assert asyncio.run(taken.list("Pod", "ns", "trimtab.dev/name=job,trimtab.dev/attempt=2")) == []
