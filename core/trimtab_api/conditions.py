@@ -16,7 +16,7 @@ DEGRADED = "Degraded"
 INPUTS_SOUND = "InputsSound"
 """FineTuneJob: the preflight's verdict."""
 SUSPENDED = "Suspended"
-"""Jobs: stopped at the user's wish."""
+"""Jobs: stopped at the user's wish, or held by a queue."""
 
 
 class Reason(StrEnum):
@@ -25,6 +25,7 @@ class Reason(StrEnum):
     # On the way
     WAITING = "Waiting"
     CHECKING = "Checking"
+    QUEUED = "Queued"
     PENDING = "Pending"
     RUNNING = "Running"
     RESTARTING = "Restarting"
@@ -98,6 +99,10 @@ RUNBOOK: dict[Reason, Entry] = {
     Reason.CHECKING: Entry(
         "A small pod without accelerators looks at sources, rows, model and tokenizer.",
         "Nothing; it takes seconds to minutes, by the size of the data.",
+    ),
+    Reason.QUEUED: Entry(
+        "A queue such as Kueue holds the pods back, or took their place away; they come back within the same attempt.",
+        "Nothing; `kubectl get workloads` tells the place in the queue. Its time counts against no deadline.",
     ),
     Reason.PENDING: Entry("The pods of an attempt are made but do not all run yet.", "Nothing, unless it lasts."),
     Reason.RUNNING: Entry("All pods run.", "Watch STEP, LOSS and ETA."),

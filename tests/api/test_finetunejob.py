@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 
 import pytest
@@ -184,6 +185,35 @@ def test_a_gang_that_somebody_deletes_goes_on_from_its_checkpoint(stage: Trainin
 
 def told_to_leave(stage: Training, pod: Object) -> bool:
     return "deletionTimestamp" in (stage.get("Pod", pod["metadata"]["name"]) or {"metadata": {}})["metadata"]
+
+
+def test_a_queue_holds_a_gang_sends_it_away_and_lets_it_back_within_one_attempt(stage: Training) -> None:
+    """Kueue sets runPolicy.suspend; training-operator then deletes the pods, and makes them again afterwards."""
+    stage.apply("turn", retries={"limit": 0, "preemptions": 0})
+    stage.patch("FineTuneJob", "turn", {"metadata": {"labels": {"kueue.x-k8s.io/queue-name": "team"}}})
+    stage.check("turn")
+    made = stage.until_there("PyTorchJob", "turn-1")
+    assert made["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
+    stage.suspend("turn-1", True)
+    assert "its queue team" in stage.until("turn", "Queued")["message"]
+    stage.suspend("turn-1", False)
+    (first,) = stage.gang("turn")
+    stage.until("turn", "Running")
+    stage.report("turn", 1, 5)
+    stage.suspend("turn-1", True)
+    stage.delete("Pod", first["metadata"]["name"])
+    stage.until("turn", "Queued")
+    stage.end(first, 76, {"reason": "Preempted", "message": "step 6 is saved", "step": 6})
+    stage.until_gone("Pod", first["metadata"]["name"])
+    time.sleep(1)  # the server's clock counts seconds, and the next admission is a later one
+    stage.suspend("turn-1", False)
+    (second,) = stage.gang("turn")
+    stage.until("turn", "Running")
+    told = stage.told("turn")
+    assert (told["attempt"], len(told["attempts"]), told["attempts"][0]["toStep"]) == (1, 1, 6)
+    assert (told.get("failures", 0), told.get("preemptions", 0)) == (0, 0)
+    stage.succeed(second, output(stage, "turn") + "/artifact")
+    stage.until("turn", "Succeeded")
 
 
 def test_the_last_retry_used_up_is_final_and_says_why(stage: Training) -> None:

@@ -59,6 +59,12 @@ class Training(Stage):
             self.run(pod)
         return pods
 
+    def suspend(self, name: str, held: bool) -> None:
+        """A queue holds a PyTorchJob, or lets it run, and training-operator says so."""
+        self.patch("PyTorchJob", name, {"spec": {"runPolicy": {"suspend": held}}})
+        told = {"type": "Suspended", "status": str(held), "lastTransitionTime": now(), "reason": "PyTorchJobSuspended"}
+        self.patch("PyTorchJob", name, {"status": {"conditions": [told]}}, "status")
+
     def run(self, pod: Object) -> None:
         self._container(pod, "Running", {"running": {"startedAt": now()}})
 

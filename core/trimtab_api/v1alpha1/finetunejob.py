@@ -87,7 +87,7 @@ class FineTuneJobSpec(Model):
     retries: Retries = Field(default_factory=Retries)
     """How often the job is started again by itself."""
     active_deadline_seconds: Annotated[int | None, Field(ge=1, le=31_536_000)] = None
-    """Longest time from the first start to the end, suspended time left out, in seconds."""
+    """Longest time from the first start to the end, in seconds; time suspended or held by a queue is left out."""
     hang_timeout_seconds: Annotated[int, Field(ge=60, le=604_800)] = 1800
     """A run that reports no step for this long, in seconds, is ended and started again from its checkpoint."""
     ttl_seconds_after_finished: Annotated[int | None, Field(ge=0, le=31_536_000)] = None

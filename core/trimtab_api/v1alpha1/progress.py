@@ -156,7 +156,7 @@ class FineTuneJobStatus(Model):
     completion_time: Time | None = None
     """When the job ended."""
     suspended_seconds: Annotated[int, Field(ge=0)] = 0
-    """Time spent suspended since the start, in seconds; the deadline leaves it out."""
+    """Time spent suspended or held by a queue since the start, in seconds; the deadline leaves it out."""
     attempt: Annotated[int, Field(ge=0, le=999)] = 0
     """Number of the newest attempt."""
     failures: Annotated[int, Field(ge=0, le=999)] = 0

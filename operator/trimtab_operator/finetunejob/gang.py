@@ -7,7 +7,7 @@ what may only follow from another's end, and among those the first in time leads
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from trimtab_api.conditions import Reason
 from trimtab_operator import trouble
@@ -56,8 +56,8 @@ def _lost(pod: Object, now: datetime) -> bool:
 
 
 def complete(pods: Sequence[Object], nodes: int) -> bool:
-    """Every pod of the gang runs."""
-    return sum(trouble.running(pod) for pod in pods) >= nodes
+    """Every pod of the gang runs, or has run."""
+    return len(pods) >= nodes and all(trouble.running(pod) or trouble.ended(pod) for pod in pods)
 
 
 def holds_nodes(pods: Sequence[Object]) -> bool:
@@ -76,18 +76,26 @@ def queued(gang: Object | None) -> bool:
     return bool(gang and (gang["spec"].get("runPolicy") or {}).get("suspend"))
 
 
+def evicted(pod: Object, gang: Object | None) -> bool:
+    """The queue took the pod's place away: its leaving ends nothing, as another pod takes its place."""
+    told, finished = trouble.told_to_leave(pod), trouble.finished_at(pod, build.CONTAINER)
+    if told is None or (finished is not None and finished < told):
+        return False
+    return queued(gang) or trouble.moment(pod["metadata"]["creationTimestamp"]) < _resumed_at(gang)
+
+
+def _resumed_at(gang: Object | None) -> datetime:
+    """When the queue last let the gang run; the dawn of time when it never held it."""
+    conditions = ((gang or {}).get("status") or {}).get("conditions") or []
+    resumed = [each for each in conditions if each.get("type") == "Suspended" and each.get("status") == "False"]
+    moments = [trouble.moment(each["lastTransitionTime"]) for each in resumed if each.get("lastTransitionTime")]
+    return max(moments, default=_DAWN)
+
+
+_DAWN = datetime.min.replace(tzinfo=UTC)
+
+
 def assembling_since(pods: Sequence[Object], attempt_start: str) -> datetime:
     """Since when the gang waits for its missing pods."""
     created = [trouble.moment(pod["metadata"]["creationTimestamp"]) for pod in pods]
     return min(created, default=trouble.moment(attempt_start))
-
-
-def started_at(pods: Sequence[Object]) -> datetime | None:
-    """When the last container of the gang started."""
-    moments = [
-        trouble.moment(text)
-        for pod in pods
-        for container in pod.get("status", {}).get("containerStatuses") or []
-        if (text := (container.get("state", {}).get("running") or {}).get("startedAt"))
-    ]
-    return max(moments, default=None)

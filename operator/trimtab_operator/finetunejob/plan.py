@@ -7,6 +7,7 @@ says that it was made. Everything that must survive the operator between two loo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -339,8 +340,8 @@ def watch(seen: Seen, now: datetime) -> Plan:
     """An open attempt: success, an ending, or how far it is."""
     attempt = seen.attempt
     assert attempt is not None
-    ends = gang.ends(seen.pods)
-    if success := next((end for end in ends if end.succeeded and end.ending and end.ending.artifact), None):
+    ends = gang.ends(seen.members)
+    if success := _success(seen):
         return succeed(seen, now, success)
     if failure := next((end for end in ends if not end.succeeded), None):
         return leave(seen, now, failure.reason, status.sentence(failure.message, failure.hint, failure.reason), failure)
@@ -352,16 +353,31 @@ def watch(seen: Seen, now: datetime) -> Plan:
         return leave(seen, now, Reason.DEADLINE_EXCEEDED, _too_late(seen))
     if ends and (refusal := _success_without_artifact(seen, ends)):
         return leave(seen, now, Reason.CRASHED, refusal)
-    if _failed(seen) and not any(trouble.running(pod) for pod in seen.pods):
+    if gang.has_condition(seen.gang, "Failed") and not any(trouble.running(pod) for pod in seen.pods):
         return leave(seen, now, Reason.PREEMPTED, f"PyTorchJob {_gang_name(seen)} failed and its pods are gone")
-    if not _complete(seen):
+    if not gang.complete(seen.members, seen.job.spec.distributed.nodes):
         return assemble(seen, now)
     if (silent := _silence(seen, now)) > seen.job.spec.hang_timeout_seconds:
         return leave(seen, now, Reason.STALLED, f"no step was reported for {silent:.0f} s")
-    word = Word(Reason.RUNNING, f"attempt {attempt.number} runs on {len(seen.pods)} pods")
-    told = _with_report(seen, now, word)
+    word = Word(Reason.RUNNING, f"attempt {attempt.number} runs on {len(seen.members)} pods")
     again = WATCH_SECONDS if left is None else max(1.0, min(WATCH_SECONDS, left))
-    return Plan(create=_mended(seen), status=told.dump(), release=seen.leavings, requeue_after=again)
+    return _go_on(seen, now, word, again)
+
+
+def _success(seen: Seen) -> PodEnd | None:
+    """The end of the pod that published. One that was told to leave may have been done already."""
+    ends = gang.ends(seen.pods)
+    return next((end for end in ends if end.succeeded and end.ending and end.ending.artifact), None)
+
+
+def _go_on(seen: Seen, now: datetime, word: Word, again: float) -> Plan:
+    """The attempt goes on: say how far it is, mend what it lacks, and let go of those that the queue sent away."""
+    return Plan(
+        create=_mended(seen),
+        status=_with_report(seen, now, word).dump(),
+        release=(*seen.leavings, *(pod for pod in seen.evicted if trouble.ended(pod))),
+        requeue_after=again,
+    )
 
 
 def _mended(seen: Seen) -> tuple[Object, ...]:
@@ -379,31 +395,34 @@ def assemble(seen: Seen, now: datetime) -> Plan:
     """Not every pod runs yet: say why, and let go of those that hold accelerators when it lasts."""
     attempt = seen.attempt
     assert attempt is not None
-    if _queued(seen):
-        word = Word(Reason.PENDING, f"PyTorchJob {_gang_name(seen)} is held by its queue")
-        told = _with_report(seen, now, word).dump()
-        return Plan(create=_mended(seen), status=told, release=seen.leavings, requeue_after=WATCH_SECONDS)
-    found = next((found for pod in seen.pods if (found := trouble.of_pod(pod, seen.events))), None)
+    if gang.queued(seen.gang):
+        return _go_on(seen, now, Word(Reason.QUEUED, _held_by(seen)), WATCH_SECONDS)
+    found = next((found for pod in seen.members if (found := trouble.of_pod(pod, seen.events))), None)
     found = found or _refused(seen)
-    waited = (now - gang.assembling_since(seen.pods, attempt.start_time)).total_seconds()
-    if waited > seen.settings.start_timeout_seconds and gang.holds_nodes(seen.pods):
+    waited = (now - gang.assembling_since(seen.members, attempt.start_time)).total_seconds()
+    if waited > seen.settings.start_timeout_seconds and gang.holds_nodes(seen.members):
         # What waits for its first node holds nothing, and must be seen to wait or no node is ever added.
         found = found or Trouble(Reason.PODS_REFUSED, f"the gang is not complete after {waited:.0f} s.")
         return leave(seen, now, found.reason, _remedied(found))
-    up = sum(trouble.running(pod) for pod in seen.pods)
+    up = sum(trouble.running(pod) for pod in seen.members)
     word = Word(Reason.PENDING, f"attempt {attempt.number}: {up} of {seen.job.spec.distributed.nodes} pods run")
     if found is not None:
         word = Word(found.reason, _remedied(found))
-    told = _with_report(seen, now, word).dump()
-    return Plan(create=_mended(seen), status=told, release=seen.leavings, requeue_after=CHECK_SECONDS)
+    return _go_on(seen, now, word, CHECK_SECONDS)
+
+
+def _held_by(seen: Seen) -> str:
+    queue = seen.job.metadata.labels.get(names.QUEUE)
+    whose = f"its queue {queue}" if queue else "whoever set its runPolicy.suspend"
+    return f"PyTorchJob {_gang_name(seen)} is held by {whose}"
 
 
 def _refused(seen: Seen) -> Trouble | None:
     """training-operator could not make a pod. A master without workers makes its own init container suspect."""
     found = trouble.refused(seen.events, _gang_name(seen))
-    if found is None or len(seen.pods) >= seen.job.spec.distributed.nodes:
+    if found is None or len(seen.members) >= seen.job.spec.distributed.nodes:
         return None
-    if not seen.pods:
+    if not seen.members:
         return found
     return Trouble(
         found.reason,
@@ -421,9 +440,14 @@ def _with_report(seen: Seen, now: datetime, word: Word) -> FineTuneJobStatus:
         now,
         "Unknown",
         word,
-        attempts=status.record(seen.job, _stepped(seen, attempt)),
+        attempts=status.record(seen.job, _stepped(seen, attempt, _last_words(seen.evicted))),
         **status.reported(seen.job, seen.report, attempt.number),
     )
+
+
+def _last_words(pods: Sequence[Object]) -> PodEnd | None:
+    """The first end among these that tells how far it came."""
+    return next((end for end in gang.ends(pods) if end.ending is not None and end.ending.step is not None), None)
 
 
 def _stepped(seen: Seen, attempt: Attempt, end: PodEnd | None = None) -> Attempt:
@@ -443,12 +467,12 @@ def _stepped(seen: Seen, attempt: Attempt, end: PodEnd | None = None) -> Attempt
 
 
 def deadline(seen: Seen, now: datetime) -> float | None:
-    """Seconds until activeDeadlineSeconds pass, suspended time left out."""
+    """Seconds until activeDeadlineSeconds pass; time suspended or held by a queue is left out."""
     known, limit = status.of(seen.job), seen.job.spec.active_deadline_seconds
     if limit is None or known.start_time is None:
         return None
-    spent = (now - trouble.moment(known.start_time)).total_seconds() - known.suspended_seconds
-    return limit - spent
+    held = known.suspended_seconds + status.queued_for(seen.job, now)
+    return limit - (now - trouble.moment(known.start_time)).total_seconds() + held
 
 
 def _silence(seen: Seen, now: datetime) -> float:
@@ -459,26 +483,11 @@ def _silence(seen: Seen, now: datetime) -> float:
     progress = seen.report.progress if seen.report and seen.report.attempt == attempt.number else None
     if progress is not None and progress.updated_time is not None:
         heard.append(trouble.moment(progress.updated_time))
-    for pod in seen.pods:
+    for pod in seen.members:
         for container in pod.get("status", {}).get("containerStatuses") or []:
             if started := container.get("state", {}).get("running", {}).get("startedAt"):
                 heard.append(trouble.moment(started))
     return (now - max(heard)).total_seconds()
-
-
-def _complete(seen: Seen) -> bool:
-    return len(seen.pods) >= seen.job.spec.distributed.nodes and all(
-        trouble.running(pod) or trouble.ended(pod) for pod in seen.pods
-    )
-
-
-def _queued(seen: Seen) -> bool:
-    return bool(seen.gang and seen.gang["spec"].get("runPolicy", {}).get("suspend"))
-
-
-def _failed(seen: Seen) -> bool:
-    conditions = ((seen.gang or {}).get("status") or {}).get("conditions") or []
-    return any(each.get("type") == "Failed" and each.get("status") == "True" for each in conditions)
 
 
 def _success_without_artifact(seen: Seen, ends: list[PodEnd]) -> str | None:
@@ -534,16 +543,14 @@ def closing(seen: Seen, now: datetime) -> Plan:
     """The gang is on its way out; its last words still count."""
     attempt = seen.attempt
     assert attempt is not None
-    ends = gang.ends(seen.pods)
-    if success := next((end for end in ends if end.succeeded and end.ending and end.ending.artifact), None):
+    if success := _success(seen):
         return succeed(seen, now, success)
     if gang.alive(seen.pods, now):
         begun = min((gang.began_to_end(pod) for pod in seen.pods), default=now)
         cleaning = attempt.exit_code is not None and (now - begun).total_seconds() < CLEANING_SECONDS
         gone = () if cleaning else _gang_ref(seen)
         return Plan(release=seen.leavings, delete=gone, requeue_after=CLOSING_SECONDS)
-    last = next((end for end in ends if end.ending is not None and end.ending.step is not None), None)
-    return close(seen, now, _stepped(seen, attempt, last))
+    return close(seen, now, _stepped(seen, attempt, _last_words(seen.pods)))
 
 
 def close(seen: Seen, now: datetime, attempt: Attempt) -> Plan:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from trimtab_api.contract import ProgressReport
 from trimtab_api.v1alpha1 import FineTuneJob
 from trimtab_api.v1alpha1.progress import Attempt
+from trimtab_operator.finetunejob import gang
 from trimtab_operator.plan import Child, Object
 from trimtab_operator.settings import Settings
 from trimtab_operator.sources import Producers
@@ -42,6 +43,16 @@ class Seen:
         status = self.job.status
         newest = status.attempts[-1] if status and status.attempts else None
         return newest if newest is not None and newest.end_time is None else None
+
+    @property
+    def members(self) -> tuple[Object, ...]:
+        """The pods by which the open attempt is judged."""
+        return tuple(pod for pod in self.pods if not gang.evicted(pod, self.gang))
+
+    @property
+    def evicted(self) -> tuple[Object, ...]:
+        """Those whose place the queue took away."""
+        return tuple(pod for pod in self.pods if gang.evicted(pod, self.gang))
 
     @property
     def last(self) -> Attempt | None:

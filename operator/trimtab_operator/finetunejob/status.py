@@ -47,11 +47,12 @@ def told(job: FineTuneJob, now: datetime, state: State, word: Word, **changes: A
     old = of(job)
     conditions = {each.type: each for each in changes.pop("conditions", old.conditions)}
     conditions[SUCCEEDED] = condition(job, SUCCEEDED, state, word, now)
-    if job.spec.suspend or SUSPENDED in conditions:
-        asked: State = "True" if job.spec.suspend else "False"
-        conditions[SUSPENDED] = condition(
-            job, SUSPENDED, asked, Word(Reason.SUSPENDED if job.spec.suspend else Reason.RUNNING), now
-        )
+    held = _held(job, word)
+    if held is not None or SUSPENDED in conditions:
+        asked: State = "True" if held is not None else "False"
+        conditions[SUSPENDED] = condition(job, SUSPENDED, asked, Word(held or Reason.RUNNING), now)
+    if word.reason is not Reason.QUEUED:
+        changes["suspended_seconds"] = changes.get("suspended_seconds", old.suspended_seconds) + queued_for(job, now)
     order = (SUCCEEDED, INPUTS_SOUND, SUSPENDED)
     return old.model_copy(
         update={
@@ -60,6 +61,21 @@ def told(job: FineTuneJob, now: datetime, state: State, word: Word, **changes: A
             **changes,
         }
     )
+
+
+def _held(job: FineTuneJob, word: Word) -> Reason | None:
+    """What keeps the job from running, if it is somebody's will."""
+    if job.spec.suspend:
+        return Reason.SUSPENDED
+    return Reason.QUEUED if word.reason is Reason.QUEUED else None
+
+
+def queued_for(job: FineTuneJob, now: datetime) -> int:
+    """Seconds for which a queue has held the job by now, not counted yet."""
+    found = find(job, SUSPENDED)
+    if found is None or found.status != "True" or found.reason != Reason.QUEUED:
+        return 0
+    return max(0, int((now - trouble.moment(found.last_transition_time)).total_seconds()))
 
 
 def with_inputs(job: FineTuneJob, state: State, word: Word, now: datetime) -> list[Condition]:
