@@ -29,7 +29,7 @@ class Lora(Model):
                 field_path=".targetRegex",
             ),
             Rule(
-                "!has(self.targetParameters) || !has(self.dropout) || self.dropout == 0",
+                "!has(self.targetParameters) || !has(self.dropout) || self.dropout == 0.0",
                 "must be 0, or left out: parameters that are no layer of their own take no dropout",
                 field_path=".dropout",
             ),
