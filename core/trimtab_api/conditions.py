@@ -187,8 +187,9 @@ RUNBOOK: dict[Reason, Entry] = {
         "The pods were told to leave; a common step was saved.", "Nothing; the next attempt goes on from it."
     ),
     Reason.OUT_OF_MEMORY: Entry(
-        "Memory of the accelerator or of the pod ran out.",
-        "Lower training.perDeviceBatchSize or dataset.maxLength, or raise pod.resources.",
+        "Memory of the accelerator or of the pod ran out. A FineTuneJob goes on with half as many rows in a pass and "
+        "the same global batch, as long as they can be halved.",
+        "When it ends so: lower training.perDeviceBatchSize or dataset.maxLength, or raise pod.resources.",
     ),
     Reason.MEMORY_TOO_SMALL: Entry(
         "The run would need more memory than the device or the pod has; nothing was started.",

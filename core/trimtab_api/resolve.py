@@ -38,6 +38,7 @@ def resolve(spec: FineTuneJobSpec, image: str | None = None, output_uri: str | N
         loss=loss if loss != "auto" else ("all" if pretrain else "assistant"),
         processes_per_node=processes,
         world_size=world,
+        per_device_batch_size=spec.training.per_device_batch_size,
         gradient_accumulation_steps=accumulation,
         global_batch_size=one_pass * accumulation,
         output_uri=output_uri,

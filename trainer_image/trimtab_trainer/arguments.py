@@ -71,8 +71,8 @@ def common(config: RunConfig, folder: Path, validated: bool) -> dict[str, Any]:
     save_steps: float = spec.checkpoint.save_steps or 1 / SAVES_IN_A_RUN
     return dict(
         output_dir=str(folder),
-        per_device_train_batch_size=training.per_device_batch_size,
-        per_device_eval_batch_size=training.per_device_batch_size,
+        per_device_train_batch_size=config.resolved.per_device_batch_size,
+        per_device_eval_batch_size=config.resolved.per_device_batch_size,
         gradient_accumulation_steps=config.resolved.gradient_accumulation_steps,
         num_train_epochs=training.epochs,
         max_steps=training.max_steps or -1,

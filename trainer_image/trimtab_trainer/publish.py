@@ -77,7 +77,7 @@ class Provenance:
             "seed": spec.training.seed,
             "dataSeed": spec.dataset.seed,
             "worldSize": self.world,
-            "microBatchSize": spec.training.per_device_batch_size,
+            "microBatchSize": self.config.resolved.per_device_batch_size,
             "globalBatchSize": self.config.resolved.global_batch_size,
             "versions": versions(),
         }

@@ -25,6 +25,8 @@ class Attempt(Model):
     """When it began."""
     end_time: Time | None = None
     """When it ended; absent while it runs."""
+    per_device_batch_size: Annotated[int | None, Field(ge=1)] = None
+    """FineTuneJob: rows in one forward pass of one process."""
     reason: Annotated[str | None, Field(max_length=64)] = None
     """How it ended, a documented word."""
     exit_code: Annotated[int | None, Field(ge=-255, le=255)] = None
@@ -98,6 +100,8 @@ class ResolvedFineTune(Model):
     """Processes in each pod."""
     world_size: Annotated[int, Field(ge=1)]
     """Processes in all."""
+    per_device_batch_size: Annotated[int, Field(ge=1)]
+    """Rows in one forward pass of one process. Halved when memory runs out, while the global batch stays."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1)]
     """Forward passes to one optimiser step."""
     global_batch_size: Annotated[int, Field(ge=1)]

@@ -96,8 +96,12 @@ def identity(job: FineTuneJob) -> JobIdentity:
 
 
 def resolved(job: FineTuneJob, image: str, output: str) -> ResolvedFineTune:
-    """What was left to us, decided."""
-    return resolve(job.spec, image=image, output_uri=output)
+    """What was left to us, decided; once the job has started, the batch as memory has allowed it."""
+    fresh, known = resolve(job.spec, image=image, output_uri=output), job.status
+    if known is None or known.start_time is None or known.resolved is None:
+        return fresh
+    kept = ("per_device_batch_size", "gradient_accumulation_steps")
+    return fresh.model_copy(update={name: getattr(known.resolved, name) for name in kept})
 
 
 def output_place(job: FineTuneJob, settings: Settings) -> S3Place | Unmet:

@@ -17,7 +17,7 @@ from trimtab_api.contract import RunConfig
 from trimtab_api.v1alpha1.progress import Attempt, FineTuneJobStatus
 from trimtab_api.v1alpha1.status import Condition
 from trimtab_operator import trouble
-from trimtab_operator.finetunejob import build, gang, status
+from trimtab_operator.finetunejob import build, gang, outofmemory, status
 from trimtab_operator.finetunejob.seen import Seen, finished
 from trimtab_operator.finetunejob.status import Word
 from trimtab_operator.plan import Event, Object, Plan, Ref
@@ -273,6 +273,11 @@ def start(seen: Seen, now: datetime, config: RunConfig, verdict: PodEnd | None =
     if ending is not None:
         found = ending.message or "every input is sound"
         conditions = status.with_inputs(job, "True", Word(Reason.INPUTS_SOUND, found), now)
+    attempt = Attempt(
+        number=config.attempt,
+        start_time=status.stamp(now),
+        per_device_batch_size=config.resolved.per_device_batch_size,
+    )
     told = status.told(
         job,
         now,
@@ -281,7 +286,7 @@ def start(seen: Seen, now: datetime, config: RunConfig, verdict: PodEnd | None =
         conditions=conditions,
         start_time=known.start_time or status.stamp(now),
         attempt=config.attempt,
-        attempts=status.record(job, Attempt(number=config.attempt, start_time=status.stamp(now))),
+        attempts=status.record(job, attempt),
         resolved=config.resolved.model_copy(update={"inputs": pins}),
         memory=(ending.memory if ending else None) or known.memory,
         suspended_seconds=known.suspended_seconds + _was_suspended(seen, now),
@@ -451,18 +456,19 @@ def _last_words(pods: Sequence[Object]) -> PodEnd | None:
 
 
 def _stepped(seen: Seen, attempt: Attempt, end: PodEnd | None = None) -> Attempt:
-    """The attempt with the steps that its report, and at the end its last words, tell."""
+    """The attempt with the steps that its report, and at the end its last words, tell. It is never told to go back:
+    the report of a pod that the queue sent away stays until the next one writes its own."""
     steps: dict[str, Any] = {}
     report = seen.report if seen.report and seen.report.attempt == attempt.number else None
     if report is not None and report.from_step is not None:
         steps["from_step"] = report.from_step
-    if report is not None and report.progress is not None:
-        steps["to_step"] = report.progress.step
-    if end is not None and end.ending is not None:
-        if end.ending.from_step is not None:
-            steps["from_step"] = end.ending.from_step
-        if end.ending.step is not None:
-            steps["to_step"] = end.ending.step
+    if end is not None and end.ending is not None and end.ending.from_step is not None:
+        steps["from_step"] = end.ending.from_step
+    reported = report.progress.step if report is not None and report.progress is not None else None
+    said = end.ending.step if end is not None and end.ending is not None else None
+    reached = [each for each in (attempt.to_step, reported, said) if each is not None]
+    if reached:
+        steps["to_step"] = max(reached)
     return attempt.model_copy(update=steps)
 
 
@@ -557,16 +563,19 @@ def close(seen: Seen, now: datetime, attempt: Attempt) -> Plan:
     """No pod of the attempt lives: count it, and decide whether there is another."""
     known, reason = status.of(seen.job), Reason(attempt.reason or Reason.CRASHED)
     ended = attempt.model_copy(update={"end_time": status.stamp(now)})
-    failures = known.failures + (reason not in NOT_BILLED and reason is not Reason.PREEMPTED)
+    lowered = outofmemory.smaller(seen.job) if reason is Reason.OUT_OF_MEMORY else None
+    # What goes on with less repeats nothing, so it is no retry; but none at all are no further attempts at all.
+    billed = lowered is None or seen.job.spec.retries.limit == 0
+    failures = known.failures + (billed and reason not in NOT_BILLED and reason is not Reason.PREEMPTED)
     preemptions = known.preemptions + (reason is Reason.PREEMPTED)
-    changes = {
+    changes: dict[str, Any] = {
         "attempts": status.record(seen.job, ended),
         "failures": failures,
         "preemptions": preemptions,
         **status.reported(seen.job, seen.report, attempt.number),
     }
     message = attempt.message or ""
-    if verdict := _given_up(seen, reason, failures, preemptions):
+    if verdict := _given_up(seen, attempt, failures, preemptions):
         told = status.told(
             seen.job, now, "False", Word(reason, f"{message} {verdict}"), completion_time=status.stamp(now), **changes
         )
@@ -576,6 +585,9 @@ def close(seen: Seen, now: datetime, attempt: Attempt) -> Plan:
         told = status.told(seen.job, now, "Unknown", word, **changes)
         event = Event("Normal", reason, f"attempt {attempt.number} ended after its checkpoint")
     else:
+        if lowered is not None:
+            changes["resolved"] = lowered
+            message = f"{message} {outofmemory.told(seen.job, lowered)}".lstrip()
         word = Word(Reason.RESTARTING, f"attempt {attempt.number} ended: {reason}: {message}")
         told = status.told(seen.job, now, "Unknown", word, **changes)
         event = Event("Warning", reason, f"attempt {attempt.number} ended: {message}")
@@ -589,11 +601,13 @@ def close(seen: Seen, now: datetime, attempt: Attempt) -> Plan:
     )
 
 
-def _given_up(seen: Seen, reason: Reason, failures: int, preemptions: int) -> str | None:
+def _given_up(seen: Seen, attempt: Attempt, failures: int, preemptions: int) -> str | None:
     """Why there is no further attempt; None when there is one."""
-    retries = seen.job.spec.retries
+    reason, retries = Reason(attempt.reason or Reason.CRASHED), seen.job.spec.retries
     if reason in FINAL:
         return "Another attempt would end the same way."
+    if reason is Reason.OUT_OF_MEMORY and not outofmemory.smaller(seen.job) and outofmemory.hopeless(seen.job, attempt):
+        return outofmemory.remedy(seen.job)
     if reason not in NOT_BILLED and reason is not Reason.PREEMPTED and failures > retries.limit:
         return f"retries.limit ({retries.limit}) is used up."
     if reason is Reason.PREEMPTED and preemptions > retries.preemptions:

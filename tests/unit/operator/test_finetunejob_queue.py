@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -18,7 +19,8 @@ from tests.unit.operator.makers import (
     published,
     terminated,
 )
-from trimtab_api.contract import Ending
+from trimtab_api.contract import Ending, ProgressReport
+from trimtab_api.v1alpha1.progress import Progress
 from trimtab_operator.finetunejob.plan import plan
 from trimtab_operator.plan import Plan
 
@@ -111,6 +113,9 @@ def test_a_late_end_of_an_earlier_admission_ends_nothing() -> None:
     decided = plan(story.seen(), NOW)
     assert leading(decided) == ("Unknown", "Running")
     assert released(decided) == ["job-1-master-0"]
+    story.status, story.pods = dict(decided.status or {}), story.pods[1:]
+    old = ProgressReport(attempt=1, progress=Progress(step=5, total_steps=9))
+    assert attempt(plan(replace(story.seen(), report=old), NOW))["toStep"] == 7, "5 is what the pod before reported"
 
 
 def leaving_first(story: Story) -> Story:

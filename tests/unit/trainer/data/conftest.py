@@ -44,8 +44,10 @@ def train(tmp_path: Path) -> Train:
         from trimtab_trainer.run import Run
 
         given = {key: fields.pop(key) for key in ("train", "attempt", "tokenizer") if key in fields}
+        lowered = fields.pop("resolved", {})
         wanted = spec(dataset={"maxLength": 32, **dataset}, training=training(**steps), **fields)
         config = run_config(wanted, tmp_path / name, **given)
+        config = config.model_copy(update={"resolved": config.resolved.model_copy(update=lowered)})
         notice = Notice()
         group = Group(Place(0, 0, 1, 1), 1, 60)
         return Run(config, group, tmp_path / f"{name}-work", notice, LeavesAt(leave_at, notice))()

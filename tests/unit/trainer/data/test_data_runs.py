@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,22 @@ def test_a_broken_row_in_a_stream_ends_the_run_with_its_number(train: Train, tmp
         **_from_base(train, tmp_path),
     )
     assert "1 broken rows were passed over" in ending.message
+
+
+def test_a_run_goes_on_with_half_as_many_rows_in_a_pass(train: Train, tmp_path: Path) -> None:
+    """What the operator asks for when memory ran out: the same rows in the same steps."""
+    rows, steps = _rows(_texts()), {"maxSteps": 6, "perDeviceBatchSize": 4}
+    train("calm", rows, steps)
+    with pytest.raises(Fault):
+        train("lowered", rows, steps, leave_at=3)
+    half = {"per_device_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert train("lowered", rows, steps, attempt=2, resolved=half).from_step == 4
+    calm, lowered = losses(tmp_path / "calm"), losses(tmp_path / "lowered")
+    assert [step for step, _ in lowered] == [step for step, _ in calm]
+    for (_, whole), (_, halved) in zip(calm, lowered, strict=True):
+        assert halved == pytest.approx(whole, abs=1e-4)
+    made = json.loads((tmp_path / "lowered" / "artifact" / "args.json").read_text())
+    assert (made["microBatchSize"], made["globalBatchSize"]) == (2, 4)
 
 
 def test_a_padding_free_run_learns_what_a_padded_one_does(train: Train, tmp_path: Path) -> None:
