@@ -212,6 +212,10 @@ def _check(node: Node, path: str) -> None:
         allowed = ANY_TYPE | BY_TYPE[node["type"]]
     else:
         raise NotStructural(f"{path}: type {node.get('type')!r} has no structural form")
+    for strict, bound in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
+        if node.get(strict) and not float(node[bound]).is_integer():
+            # It cuts the bound to a whole number when the value has no fraction: 0 was refused as "less than 0".
+            raise NotStructural(f"{path}: the API server misreads {strict} beside {bound} {node[bound]}; include it")
     if stray := sorted(set(node) - allowed):
         raise NotStructural(f"{path}: {', '.join(stray)} has no structural form")
     if node.get("additionalProperties") is True:

@@ -45,7 +45,7 @@ class Dpo(Model):
         None
     )
     """Factor of each loss, in the order of lossType. By default 1 each."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0
+    label_smoothing: Annotated[float, Field(ge=0, le=0.49)] = 0
     """Share of pairs whose order is believed to be wrong. Only robust, exoPair, aot and aotUnpaired take it."""
     rpo_alpha: Annotated[float | None, Field(gt=0, le=1000)] = None
     """Adds this much of the chosen answer's own loss (arXiv:2404.19733), which keeps its probability from falling. By default nothing."""

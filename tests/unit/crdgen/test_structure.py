@@ -146,6 +146,7 @@ REFUSED = {
     "open map": (Annotated[dict[str, Any], Field(max_length=2)], ".it: additionalProperties"),
     "deprecated": (Annotated[Text, Field(deprecated=True)], ".it: deprecated"),
     "deprecated and optional": (Annotated[Text | None, Field(deprecated=True)], ".it: deprecated"),
+    "fraction as an open bound": (Annotated[float, Field(ge=0, lt=0.5)], ".it: the API server misreads"),
     "circle": (Node | None, "Node holds itself"),
 }  # fmt: skip
 
