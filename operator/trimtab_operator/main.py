@@ -21,7 +21,7 @@ from prometheus_client import generate_latest
 from trimtab_operator import finetunejob, mergejob, metrics, modeldeployment, settings, triggers
 from trimtab_operator.kube import Kube, KubeError, Stale
 from trimtab_operator.plan import Key
-from trimtab_operator.reconcile import Kind, reconcile, rests
+from trimtab_operator.reconcile import Clock, Kind, reconcile, rests, utc
 from trimtab_operator.settings import Settings
 from trimtab_operator.survey import Survey
 from trimtab_operator.workqueue import Backoff, WorkQueue
@@ -39,10 +39,11 @@ SETTLING_SECONDS = 0.2
 class Operator:
     """The workers around one queue."""
 
-    def __init__(self, chosen: Settings, kube: Kube) -> None:
-        """Nothing runs until run() is awaited."""
+    def __init__(self, chosen: Settings, kube: Kube, clock: Clock = utc) -> None:
+        """Nothing runs until run() is awaited. The clock is what decisions are made by."""
         self.settings = chosen
         self.kube = kube
+        self.clock = clock
         self.queue: WorkQueue[Key] = WorkQueue(time.monotonic)
         self.states = metrics.States()
         self.relisted = asyncio.Event()
@@ -80,7 +81,7 @@ class Operator:
     async def look(self, key: Key) -> str:
         """One look at one key; how it went."""
         try:
-            again = await reconcile(self.kinds[key.kind], key, self.kube)
+            again = await reconcile(self.kinds[key.kind], key, self.kube, self.clock)
         except Stale as error:
             log.debug("%s: %s", key, error)
             self.queue.done(key, after=0.1)
@@ -118,7 +119,7 @@ class Operator:
         for key in survey.resources():
             started = time.monotonic()
             try:
-                rest = await rests(self.kinds[key.kind], key, survey)
+                rest = await rests(self.kinds[key.kind], key, survey, self.clock)
             except Exception:
                 log.exception("%s: this is a fault of the operator", key)
                 rest = None
@@ -157,16 +158,16 @@ async def _listen(port: int, path: str, handler: Any) -> web.AppRunner:
     return runner
 
 
-async def serve(chosen: Settings, health_port: int, metrics_port: int) -> None:
+async def serve(chosen: Settings, health_port: int, metrics_port: int, clock: Clock = utc) -> None:
     """Connect and run."""
     kube = await Kube.connect()
     try:
-        await Operator(chosen, kube).run(health_port, metrics_port)
+        await Operator(chosen, kube, clock).run(health_port, metrics_port)
     finally:
         await kube.close()
 
 
-def main() -> int:
+def main(clock: Clock = utc) -> int:
     """The container's command."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--settings", type=Path, required=True, help="settings.json of the installation")
@@ -177,7 +178,7 @@ def main() -> int:
     logging.basicConfig(
         level=chosen.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
     )
-    asyncio.run(serve(chosen, given.health_port, given.metrics_port))
+    asyncio.run(serve(chosen, given.health_port, given.metrics_port, clock))
     return 0
 
 

@@ -17,6 +17,12 @@ from trimtab_operator.survey import NotHeld, Survey
 log = logging.getLogger(__name__)
 
 Seen = TypeVar("Seen")
+Clock = Callable[[], datetime]
+
+
+def utc() -> datetime:
+    """The time of day."""
+    return datetime.now(UTC)
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Rest:
     """Seconds until that may have changed by itself."""
 
 
-async def rests(kind: Kind[Any], key: Key, survey: Survey) -> Rest | None:
+async def rests(kind: Kind[Any], key: Key, survey: Survey, clock: Clock = utc) -> Rest | None:
     """Whether a survey shows that there is nothing to do; None when only a look of its own can tell, or act.
 
     Nothing is written on the word of a survey, which may be stale: what changes after it is told by the watches.
@@ -52,11 +58,11 @@ async def rests(kind: Kind[Any], key: Key, survey: Survey) -> Rest | None:
     if isinstance(observed, Gone):
         return None if observed.leavings else Rest()
     resource, seen = observed
-    plan = kind.plan(seen, datetime.now(UTC))
+    plan = kind.plan(seen, clock())
     return None if plan.changes(resource) else Rest(plan.requeue_after)
 
 
-async def reconcile(kind: Kind[Any], key: Key, kube: Kube) -> float | None:
+async def reconcile(kind: Kind[Any], key: Key, kube: Kube, clock: Clock = utc) -> float | None:
     """Bring the world one step nearer to what the resource asks for; the seconds until the next look, if any.
 
     Raises KubeError for what a later look may mend; the queue waits longer each time.
@@ -67,7 +73,7 @@ async def reconcile(kind: Kind[Any], key: Key, kube: Kube) -> float | None:
             await kube.release(pod)
         return None
     resource, seen = observed
-    now = datetime.now(UTC)
+    now = clock()
     plan = kind.plan(seen, now)
     try:
         await make(kube, plan)
