@@ -20,10 +20,9 @@ from typing import NamedTuple
 
 import psutil
 
-from lab import tools
 from lab.controlplane import ControlPlane
 from tests.api.client import GROUP, Api
-from tests.api.conftest import ROOT, established
+from tests.api.conftest import kinds_of
 from tests.api.stage import OperatorProcess
 from tests.api.training import Training
 
@@ -100,11 +99,7 @@ def timed(operator: OperatorProcess, api: Api, stage: Training, jobs: int, sampl
 
 def served(plane: ControlPlane) -> Api:
     """The API server with our kinds and training-operator's."""
-    crds = tools.manifests() / "base" / "crds"
-    plane.kubectl("apply", "--server-side", "-f", str(crds / "kubeflow.org_pytorchjobs.yaml"))
-    plane.kubectl("apply", "--server-side", "-f", str(ROOT / "crds"))
-    kinds = [f"{plural}.trimtab.dev" for plural in ("finetunejobs", "mergejobs", "modeldeployments")]
-    established(plane.kubectl, "pytorchjobs.kubeflow.org", *kinds)
+    kinds_of(plane)
     api = Api(plane)
     wait(lambda: api.request("GET", f"{GROUP}/modeldeployments").accepted, "our kinds are served")
     return api

@@ -17,6 +17,8 @@ from lab.controlplane import ControlPlane
 from lab.run import run
 from tests.api.client import GROUP, Api
 from tests.api.stage import OperatorProcess
+from trimtab_api import names
+from trimtab_api.v1alpha1 import RESOURCES
 
 ROOT = Path(__file__).resolve().parents[2]
 OPERATOR_NAMESPACE = "trimtab-system"
@@ -28,16 +30,21 @@ def established(kubectl: Callable[..., str], *names: str, deadline: float = 30) 
     kubectl("wait", "--for=condition=Established", f"--timeout={deadline:.0f}s", *(f"crd/{name}" for name in names))
 
 
+def kinds_of(plane: ControlPlane) -> None:
+    """Let a control plane serve our kinds and training-operator's."""
+    crds = tools.manifests() / "base" / "crds"
+    plane.kubectl("apply", "--server-side", "-f", str(crds / "kubeflow.org_pytorchjobs.yaml"))
+    plane.kubectl("apply", "--server-side", "-f", str(ROOT / "crds"))
+    ours = [f"{resource.plural}.{names.GROUP}" for resource in RESOURCES]
+    established(plane.kubectl, "pytorchjobs.kubeflow.org", *ours)
+
+
 @pytest.fixture(scope="session")
 def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     """The control plane with the garbage collector, and every kind that the operator meets."""
     state = tmp_path_factory.mktemp("plane")
     with ControlPlane(state, controllers=("garbage-collector-controller", "namespace-controller")) as running:
-        crds = tools.manifests() / "base" / "crds"
-        running.kubectl("apply", "--server-side", "-f", str(crds / "kubeflow.org_pytorchjobs.yaml"))
-        running.kubectl("apply", "--server-side", "-f", str(ROOT / "crds"))
-        kinds = [f"{plural}.trimtab.dev" for plural in ("finetunejobs", "mergejobs", "modeldeployments")]
-        established(running.kubectl, "pytorchjobs.kubeflow.org", *kinds)
+        kinds_of(running)
         yield running
 
 

@@ -97,10 +97,10 @@ class Wire:
 
 
 @contextmanager
-def wired(kubeconfig: Path, server: str) -> Iterator[tuple[Wire, Path]]:
-    """A wire to the server of a kubeconfig, and a kubeconfig that goes through it."""
+def wired(kubeconfig: Path, server: str, folder: Path) -> Iterator[tuple[Wire, Path]]:
+    """A wire to the server of a kubeconfig, and a kubeconfig in the folder that goes through it."""
     wire = Wire(server)
-    through = kubeconfig.with_name(f"wired-{kubeconfig.name}")
+    through = folder / "wired.kubeconfig"
     through.write_text(kubeconfig.read_text().replace(server, wire.server))
     try:
         yield wire, through
