@@ -44,7 +44,7 @@ SCRATCH = (
 
 TUNER = (
     Rule(
-        "!has(self.tuner.continueFrom) || size(self.model.newTokens) == 0",
+        "!has(self.tuner.continueFrom) || !has(self.model.newTokens) || size(self.model.newTokens) == 0",
         "leave it out: an adapter that goes on has no room for further tokens",
         field_path=".model.newTokens",
     ),
@@ -153,7 +153,7 @@ PREFERENCE = (
         field_path=".dataset.toolCallWeight",
     ),
     Rule(
-        "!(self.method in ['dpo', 'kto']) || size(self.model.newTokens) == 0",
+        "!(self.method in ['dpo', 'kto']) || !has(self.model.newTokens) || size(self.model.newTokens) == 0",
         "leave it out: the reference does not know them; teach new tokens with sft first",
         field_path=".model.newTokens",
     ),

@@ -84,7 +84,7 @@ class FineTuneModel(Model):
                 "give exactly one of from (an existing model) and scratch (random weights)",
             ),
             Rule(
-                "!has(self.scratch) || size(self.newTokens) == 0",
+                "!has(self.scratch) || !has(self.newTokens) || size(self.newTokens) == 0",
                 "leave it out: the tokenizer of a model from scratch is made from the rows, or taken as it is",
                 field_path=".newTokens",
             ),
