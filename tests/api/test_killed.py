@@ -31,7 +31,7 @@ def live(operator: OperatorProcess, until: Callable[[], Any]) -> None:
         operator.start()
         process = operator.process
         assert process is not None
-        eventually(lambda p=process: p.poll() is not None or until(), "a write", 40)  # type: ignore[misc]
+        eventually(lambda p=process: p.poll() is not None or until(), "a write", 60)  # type: ignore[misc]
         operator.kill()
     raise AssertionError(f"not after {LIVES} lives\n{operator.log()[-3000:]}")
 
@@ -68,13 +68,13 @@ def test_a_spec_edited_while_an_attempt_begins_is_the_one_that_runs_or_is_refuse
     stage.apply("edit")
     live(mortal, lambda: stage.get("Job", "edit-preflight"))
     stage.check("edit")
-    stage.patch("FineTuneJob", "edit", {"spec": {"training": {"learningRate": 2e-5}}})
+    stage.patch("FineTuneJob", "edit", {"spec": {"checkpoint": {"saveSteps": 50}}})
     live(mortal, lambda: stage.told("edit").get("attempt") == 1)
     assert stage.get("PyTorchJob", "edit-1") is None, "the attempt stands in status before anything of it is made"
     assert stage.get("ConfigMap", "edit-1-run") is None
-    late = stage.try_patch("FineTuneJob", "edit", {"spec": {"training": {"learningRate": 3e-5}}})
+    late = stage.try_patch("FineTuneJob", "edit", {"spec": {"checkpoint": {"saveSteps": 60}}})
     assert not late.accepted
     assert "may not change once the job has started" in late.message
     live(mortal, lambda: stage.get("PyTorchJob", "edit-1"))
     config = json.loads((stage.get("ConfigMap", "edit-1-run") or {})["data"]["run.json"])
-    assert config["spec"]["training"]["learningRate"] == 2e-5
+    assert config["spec"]["checkpoint"]["saveSteps"] == 50
