@@ -177,6 +177,9 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
 PRELOADED = [
     "trimtab_trainer.__main__",
     "trimtab_trainer.run",
+    "trimtab_trainer.methods.grouped",
+    "trimtab_trainer.methods.proximal",
+    "trimtab_trainer.methods.distilling",
     "peft",
     "datasets",
     "torch.utils.tensorboard",

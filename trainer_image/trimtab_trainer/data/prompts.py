@@ -24,11 +24,16 @@ PROMPT, ANSWER, ROW = "prompt", "answer", "row"
 _CONVERSATION = {"messages", "conversations", "conversation", "tools", "history", "system", "chat_template_kwargs"}
 """Columns that make the conversation; a reward gets it as such."""
 
+_MEDIA = ("images", "videos", "audios")
+
 
 def needed(*columns: str, answer: bool = False) -> Needs:
     """Rows with a prompt and these further columns; `answer`: also with an answer to it."""
 
     def complete(raw: Mapping[str, Any], standard: Row, where: str, row: int) -> Row:
+        for column in _MEDIA:
+            if raw.get(column):
+                raise broken(where, row, f"'{column}' is given, and this method looks at text alone")
         for column in columns:
             if raw.get(column) is None:
                 raise broken(where, row, f"'{column}' is not there, and a reward of this job reads it")
