@@ -278,7 +278,7 @@ ROLLOUT = (
         field_path=".dataset.truncation",
     ),
     Rule(
-        "!(self.method in ['grpo', 'ppo', 'gkd']) || size(self.model.newTokens) == 0",
+        "!(self.method in ['grpo', 'ppo', 'gkd']) || !has(self.model.newTokens) || size(self.model.newTokens) == 0",
         "leave it out: the model as it was, or the teacher, does not know them; teach new tokens with sft first",
         field_path=".model.newTokens",
     ),
