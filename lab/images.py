@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,9 @@ def _build(image: Image, name: str) -> None:
     new = _built(image) != image.needs_key()
     with step(f"building {name.removeprefix('localhost/')}; follow it: tail -f {log}", image.seconds if new else 0):
         arguments = [word for key, value in image.arguments for word in ("--build-arg", f"{key}={value}")]
+        if new:
+            # buildah mounts an empty folder in the place of a stage that it takes from its cache as a whole.
+            arguments += ["--build-arg", f"FRESH={time.time_ns()}"]
         with _host_settings() as mounts:
             builder.buildah(
                 "bud", "--layers", "--pull-never", "--network", "host", *mounts, *arguments,
