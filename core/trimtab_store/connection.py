@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import builtins
 import hashlib
-import socket
+import logging
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
@@ -17,8 +18,7 @@ import botocore.session
 from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError
-from botocore.httpsession import URLLib3Session, where
-from botocore.utils import get_environ_proxies
+from botocore.httpsession import where
 
 from trimtab_api.contract import MANIFEST_NAME, Connection
 from trimtab_store.credentials import FileCredentialProvider, FileCredentials
@@ -38,11 +38,14 @@ from trimtab_store.errors import (
 )
 from trimtab_store.location import Location, parse_uri
 from trimtab_store.patience import Stopped, Trouble, persist
+from trimtab_store.wire import Asked, Limits, Wires
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
 
 T = TypeVar("T")
+
+_LOG = logging.getLogger(__name__)
 
 PATIENCE = 120.0
 """Seconds that a failing request is tried again, unless told otherwise."""
@@ -57,6 +60,10 @@ _ASSEMBLY_TIMEOUT = 300
 """The same for the end of a multi-part upload, when some servers copy the whole object before they answer."""
 _POOL = 32
 """Connections kept open; more threads than these would open a new one for each request."""
+_AHEAD = 6
+"""Objects that one thread asks for before it reads the first."""
+_PARAMETERS = {"range": "Range", "if-match": "IfMatch"}
+"""Headers of a GET by botocore's names for them."""
 _BATCH = 1000
 """Objects that one request deletes: S3's limit."""
 
@@ -67,6 +74,16 @@ class ObjectInfo(NamedTuple):
     uri: str
     size: int
     etag: str
+
+
+class SmallObject(NamedTuple):
+    """An object to read as a whole."""
+
+    uri: str
+    size: int
+    """Bytes that it must have."""
+    etag: str | None = None
+    """The version that it must be, if any."""
 
 
 class S3:
@@ -130,13 +147,38 @@ class S3:
 
         self.ask(part, uri, "get", stop)
 
+    def read_ahead(
+        self, objects: Sequence[SmallObject], buffer: memoryview, stop: threading.Event | None = None
+    ) -> Generator[memoryview]:
+        """The content of these objects in turn, in the buffer's beginning: use each before the next is taken.
+
+        Several are asked for at once, from one thread: many threads spend more on waiting for each other than on small
+        objects. Nothing is tried again and no error raised: it ends before the first object that does not come as it
+        should, and `read_into` is for that one and those after it. `stop` ends the reading with Stopped.
+        """
+        coming: deque[Asked | None] = deque()
+        try:
+            for number, each in enumerate(objects):
+                while len(coming) < _AHEAD and number + len(coming) < len(objects):
+                    coming.append(self._ask_ahead(objects[number + len(coming)]))
+                asked = coming.popleft()
+                view = buffer[: each.size]
+                if each.size and (asked is None or not self._take_ahead(each, asked, view, stop)):
+                    return
+                yield view
+        finally:
+            for left in coming:
+                if left is not None:
+                    left.close()
+
     def put_object(self, uri: str, data: bytes) -> None:
         """Write a small object in one request."""
         self.ask(lambda: self.put_once(uri, data), uri, "put")
 
-    def put_once(self, uri: str, data: bytes) -> None:
+    def put_once(self, uri: str, data: bytes, sha256: str | None = None) -> None:
         """One attempt at `put_object`, for this package alone: its errors are not yet ours."""
-        if not self._direct.put(parse_uri(uri), data):
+        digest = sha256 or hashlib.sha256(data).hexdigest()
+        if not self._direct.put(parse_uri(uri), data, digest):
             self.client.put_object(**_target(uri), Body=data)
 
     def stat(self, uri: str) -> ObjectInfo:
@@ -239,14 +281,40 @@ class S3:
 
     def _open(self, uri: str, extent: str | None = None, etag: str | None = None) -> _Answer:
         """One attempt at a GET, of the version `etag` if that is given: ObjectChanged when it is another."""
-        headers = {**({"Range": extent} if extent else {}), **({"If-Match": f'"{etag}"'} if etag else {})}
+        headers = _conditions(extent, etag)
         told: Any = self._direct.get(parse_uri(uri), headers)
         if told is None:
-            wanted: dict[str, Any] = {name.replace("-", ""): value for name, value in headers.items()}
+            wanted: dict[str, Any] = {_PARAMETERS[name]: value for name, value in headers.items()}
             told = self.client.get_object(**_target(uri), **wanted)
         answer = _Answer(told, uri)
         answer.must_be(etag)
         return answer
+
+    def _ask_ahead(self, each: SmallObject) -> Asked | None:
+        """Ask for a whole object; None when there is nothing to ask, or no asking."""
+        if not each.size:
+            return None
+        try:
+            return self._direct.ask(parse_uri(each.uri), _conditions(f"bytes=0-{each.size - 1}", each.etag))
+        except ANY as error:
+            _LOG.debug("%s: %s", each.uri, error)
+            return None
+
+    def _take_ahead(self, each: SmallObject, asked: Asked, view: memoryview, stop: threading.Event | None) -> bool:
+        """Whether the whole object has come as it should."""
+        try:
+            told = self._direct.answer(parse_uri(each.uri), asked)
+            if told is None:
+                return False
+            with _Answer(told, each.uri) as answer:
+                answer.must_be(each.etag)
+                if answer.length != each.size:
+                    return False
+                answer.fill(view, stop)
+        except ANY as error:
+            _LOG.debug("%s: %s", each.uri, error)
+            return False
+        return True
 
     def _pages(self, place: Location, delimiter: str) -> Iterator[Any]:
         token: dict[str, str] = {}
@@ -350,8 +418,9 @@ def connect(connection: Connection, *, patience: float = PATIENCE) -> S3:
             connection.endpoint or "s3", problem, "set storage.endpoint to http(s)://HOST:PORT"
         ) from error
     client.meta.events.register("before-call.s3.CompleteMultipartUpload", _take_time)
-    http = _http(client.meta.endpoint_url, verify)
-    opened = S3(client, Direct(client, credentials, http, anonymous=connection.anonymous), patience)
+    authorities = (verify if isinstance(verify, str) else where()) if verify else None
+    wires = Wires(Limits(_CONNECT_TIMEOUT, _READ_TIMEOUT, _POOL), authorities)
+    opened = S3(client, Direct(client, credentials, wires, anonymous=connection.anonymous), patience)
     if trust is not None:
         weakref.finalize(opened, trust.unlink, missing_ok=True)
     return opened
@@ -379,18 +448,6 @@ def _take_time(params: dict[str, Any], **_: object) -> None:
     params["context"]["read_timeout"] = _ASSEMBLY_TIMEOUT
 
 
-def _http(endpoint: str, verify: bool | str) -> URLLib3Session:
-    """The HTTP below, with the settings that botocore makes of `_config`."""
-    settings: dict[str, Any] = {
-        "verify": verify,
-        "proxies": get_environ_proxies(endpoint),
-        "timeout": (_CONNECT_TIMEOUT, _READ_TIMEOUT),
-        "max_pool_connections": _POOL,
-        "socket_options": [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)],
-    }
-    return URLLib3Session(**settings)
-
-
 def _trust(connection: Connection) -> tuple[bool | str, Path | None]:
     """What botocore calls `verify`, and the file to remove at the end: the system's certificates with ours added."""
     if not connection.verify_tls:
@@ -414,6 +471,10 @@ def _trust(connection: Connection) -> tuple[bool | str, Path | None]:
 def _target(uri: str) -> dict[str, Any]:
     place = parse_uri(uri)
     return {"Bucket": place.bucket, "Key": place.key}
+
+
+def _conditions(extent: str | None, etag: str | None) -> dict[str, str]:
+    return {**({"range": extent} if extent else {}), **({"if-match": f'"{etag}"'} if etag else {})}
 
 
 def _etag(answer: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -21,6 +22,8 @@ class FileCredentials(Credentials):
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        # As text: they are looked at before each request.
+        self._files = [str(folder / name) for name in (*CREDENTIAL_KEYS, *OPTIONAL_CREDENTIAL_KEYS)]
         self._lock = threading.Lock()
         self._stamps: tuple[_Stamp | None, ...] = ()
         self._frozen = self._read()
@@ -30,7 +33,7 @@ class FileCredentials(Credentials):
     def get_frozen_credentials(self) -> ReadOnlyCredentials:
         """The keys as the files have them now; botocore asks before each signature."""
         with self._lock:
-            if self._stamp(self._folder) != self._stamps:
+            if self._stamp() != self._stamps:
                 self._frozen = self._read()
             return self._frozen
 
@@ -39,7 +42,7 @@ class FileCredentials(Credentials):
         # when it is swapped between resolving and reading, the old folder is gone and the new one is read.
         for _ in range(3):
             # Stamped before it is read: keys that change in between are read again at the next request.
-            self._stamps = self._stamp(self._folder)
+            self._stamps = self._stamp()
             current = self._current()
             try:
                 access, secret = (_key(current, name) for name in CREDENTIAL_KEYS)
@@ -61,8 +64,8 @@ class FileCredentials(Credentials):
         remedy = f"put {' and '.join(CREDENTIAL_KEYS)} into the Secret named by storage.credentials"
         return CredentialsMissing(str(self._folder), problem, remedy)
 
-    def _stamp(self, folder: Path) -> tuple[_Stamp | None, ...]:
-        return tuple(_file_stamp(folder / name) for name in (*CREDENTIAL_KEYS, *OPTIONAL_CREDENTIAL_KEYS))
+    def _stamp(self) -> tuple[_Stamp | None, ...]:
+        return tuple(_file_stamp(file) for file in self._files)
 
 
 class FileCredentialProvider(CredentialProvider):
@@ -87,9 +90,9 @@ def _key(folder: Path, name: str) -> str | None:
         return None
 
 
-def _file_stamp(path: Path) -> _Stamp | None:
+def _file_stamp(path: str) -> _Stamp | None:
     try:
-        found = path.stat()
+        found = os.stat(path)  # noqa: PTH116 - a Path costs more than the look
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns, found.st_size

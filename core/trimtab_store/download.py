@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import shutil
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
 from trimtab_api.contract import MANIFEST_NAME
 from trimtab_store.artifact import Identity, identify
-from trimtab_store.connection import S3
+from trimtab_store.connection import S3, SmallObject
 from trimtab_store.errors import (
     DigestMismatch,
     LocalFileFailed,
@@ -31,6 +33,11 @@ from trimtab_store.progress import Meter, Progress
 _THREADS = 6
 _PART = 8 << 20
 """Bytes of a range; each thread holds one."""
+_SMALL = 1 << 20
+"""Bytes of a file up to which it is brought in a lot."""
+_LOT_THREADS = 2
+_LOT = 32
+"""Files of a lot."""
 SPARE = 16 << 20
 """Bytes that stay free on the disk beyond what is fetched."""
 
@@ -133,6 +140,48 @@ def _check_free(into: Path, needed: int) -> None:
 
 
 def _receive_all(s3: S3, files: list[Wanted], folder: Path, meter: Meter, *, durable: bool) -> None:
+    with converted_disk(folder):
+        for parent in {(folder / file.path).parent for file in files}:
+            parent.mkdir(parents=True, exist_ok=True)
+    small = [file for file in files if file.size <= min(_SMALL, _PART)]
+    large = [file for file in files if file.size > min(_SMALL, _PART)]
+    left = _receive_lots(s3, small, folder, meter, durable=durable)
+    _receive_ranges(s3, [*left, *large], folder, meter, durable=durable)
+
+
+def _receive_lots(s3: S3, files: list[Wanted], folder: Path, meter: Meter, *, durable: bool) -> list[Wanted]:
+    """Bring small files as long as all goes well: a thread takes a lot of them at a time and asks for several at once.
+
+    Returns those that are left, because something did not.
+    """
+    left: list[Wanted] = []
+
+    def work(lot: list[Wanted]) -> None:
+        came = 0 if left else _receive_lot(s3, lot, folder, meter, gang.stop, durable=durable)
+        left.extend(lot[came:])
+
+    gang: Gang[list[Wanted]] = Gang(_LOT_THREADS, work)
+    gang.run(files[first : first + _LOT] for first in range(0, len(files), _LOT))
+    return left
+
+
+def _receive_lot(s3: S3, lot: list[Wanted], folder: Path, meter: Meter, stop: threading.Event, *, durable: bool) -> int:
+    """Bring a lot of small files; returns how many of them came."""
+    objects = [SmallObject(file.uri, file.size, file.etag) for file in lot]
+    buffer = memoryview(bytearray(max(file.size for file in lot)))
+    came = 0
+    with closing(s3.read_ahead(objects, buffer, stop)) as contents:
+        for content in contents:
+            file = lot[came]
+            _check(file, hashlib.sha256(content).hexdigest())
+            _write_whole(f"{folder}/{file.path}", content, durable=durable)
+            meter.add(len(content))
+            came += 1
+    return came
+
+
+def _receive_ranges(s3: S3, files: list[Wanted], folder: Path, meter: Meter, *, durable: bool) -> None:
+    """Bring large files: each thread takes a range at a time."""
     held = threading.local()
 
     def work(part: _Part) -> None:
@@ -144,9 +193,6 @@ def _receive_all(s3: S3, files: list[Wanted], folder: Path, meter: Meter, *, dur
     begun: list[_Receiving] = []
 
     def parts() -> Iterator[_Part]:
-        with converted_disk(folder):
-            for parent in {(folder / file.path).parent for file in files}:
-                parent.mkdir(parents=True, exist_ok=True)
         for file in files:
             receiving = _Receiving(s3, file, folder / file.path, gang.stop, durable=durable)
             begun.append(receiving)
@@ -176,8 +222,7 @@ class _Receiving:
         self._missing = self.count
         self._answered = threading.Event()
         with converted_disk(target):
-            self._descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
-            os.fchmod(self._descriptor, 0o644)
+            self._descriptor = _create(target)
 
     def receive(self, number: int, buffer: memoryview) -> int:
         """Read, write and digest one range; the thread that brings the last one verifies the file."""
@@ -207,10 +252,7 @@ class _Receiving:
             self._descriptor = -1
 
     def _verify(self) -> None:
-        found, wanted = self._digest.hexdigest(), self._file.sha256
-        if wanted is not None and found != wanted:
-            problem = f"its sha256 is {found}, the manifest says {wanted}"
-            raise DigestMismatch(self._file.uri, problem, "publish the artifact again; nothing of it was used")
+        _check(self._file, self._digest.hexdigest())
         with converted_disk(self._target):
             if self._durable:
                 os.fsync(self._descriptor)
@@ -222,6 +264,31 @@ class _Part(NamedTuple):
 
     receiving: _Receiving
     number: int
+
+
+def _check(file: Wanted, found: str) -> None:
+    """Raise DigestMismatch when the manifest says another sha256."""
+    if file.sha256 is not None and found != file.sha256:
+        problem = f"its sha256 is {found}, the manifest says {file.sha256}"
+        raise DigestMismatch(file.uri, problem, "publish the artifact again; nothing of it was used")
+
+
+def _create(target: Path | str) -> int:
+    """Create a file that everybody may read, whatever the umask; returns its descriptor."""
+    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
+    os.fchmod(descriptor, 0o644)
+    return descriptor
+
+
+def _write_whole(target: str, content: memoryview, *, durable: bool) -> None:
+    with converted_disk(Path(target)):
+        descriptor = _create(target)
+        try:
+            _write(descriptor, content, 0)
+            if durable:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _write(descriptor: int, view: memoryview, offset: int) -> None:

@@ -136,7 +136,8 @@ class _Sending:
     def _deliver(self, number: int, data: bytes) -> None:
         client, target = self._s3.client, self._target()
         if self.count == 1:
-            self._ask(lambda: self._s3.put_once(self._uri, data))
+            digest = self._digest.hexdigest()
+            self._ask(lambda: self._s3.put_once(self._uri, data, digest))
             self.arrived = True
             return
         if self._lost is not None:

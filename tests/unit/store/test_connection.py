@@ -46,6 +46,17 @@ def test_plain_requests_take_the_short_way(through: S3, proxy: Proxy, bucket: st
     assert [method for method, _ in proxy.requests] == ["PUT", "GET", "GET"], "a longer way asks twice"
 
 
+def test_a_proxy_of_the_environment_is_used(
+    connection: Connection, proxy: Proxy, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.port}")
+    monkeypatch.setenv("no_proxy", "")
+    with connect(connection) as opened:
+        opened.put_object(f"{bucket}/x", b"content")
+        assert opened.get_object(f"{bucket}/x") == b"content"
+    assert [method for method, path in proxy.requests if path.startswith("http://")] == ["PUT", "GET"]
+
+
 def test_read_into_fills_the_very_buffer(s3: S3, bucket: str) -> None:
     s3.put_object(f"{bucket}/object", bytes(range(256)))
     buffer = bytearray(8)
@@ -245,12 +256,14 @@ def test_tls_by_a_private_authority(tmp_path: Path, connection: Connection, monk
         there = connection.model_copy(update={"endpoint": f"https://127.0.0.1:{server.port}"})
         with connect(there) as opened, pytest.raises(ConnectionInvalid, match=r"not trusted.*set storage\.caBundle"):
             opened.exists("s3://bucket/x")
+        with connect(there) as opened, pytest.raises(ConnectionInvalid, match=r"not trusted.*set storage\.caBundle"):
+            opened.get_object("s3://bucket/x")
         with connect(there.model_copy(update={"ca_file": str(tmp_path / "cert.pem")})) as opened:
             opened.put_object("s3://bucket/x", b"x")
-        with (
-            pytest.warns(Warning, match="Unverified HTTPS"),
-            connect(there.model_copy(update={"verify_tls": False})) as opened,
-        ):
+            assert opened.exists("s3://bucket/x")
+        with connect(there.model_copy(update={"verify_tls": False})) as opened:
             assert opened.get_object("s3://bucket/x") == b"x"
+            with pytest.warns(Warning, match="Unverified HTTPS"):
+                assert opened.exists("s3://bucket/x")
     finally:
         server.stop()

@@ -62,6 +62,55 @@ def test_a_passing_fault_does_not_show_in_what_comes_down(
     assert read_folder(tmp_path / "into") == FILES
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("status", value=503, code="SlowDown", times=3),
+        Fault("status", value=404, code="NoSuchKey"),
+        Fault("reset", times=3),
+        Fault("short", value=0, times=2),
+        Fault("short", value=900),
+        Fault("stall", value=0),
+        Fault("stall", value=900),
+    ],
+    ids=lambda fault: f"{fault.kind} {fault.value}",
+)
+def test_a_passing_fault_does_not_show_in_many_small_files(
+    s3: S3, through: S3, proxy: Proxy, bucket: str, folder: Folder, tmp_path: Path, fault: Fault
+) -> None:
+    """They come in lots; the first that fails, and all after it, are brought one by one."""
+    files = {f"{number % 3}/{number:03}": os.urandom(1000 + number) for number in range(100)}
+    publish(s3, folder(files), f"{bucket}/art", {})
+    fault.contains = "041"
+    proxy.add(fault)
+    fetch(through, f"{bucket}/art", tmp_path / "into")
+    assert fault.seen == fault.times
+    assert read_folder(tmp_path / "into") == files
+    asked = [path for method, path in proxy.requests if method == "GET" and "art/" in path]
+    assert len(asked) < 100 + 40, "what had come was not asked for again"
+
+
+def test_small_files_are_asked_for_before_the_earlier_ones_have_come(
+    s3: S3,
+    proxy: Proxy,
+    connection: Connection,
+    bucket: str,
+    folder: Folder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("trimtab_store.connection._READ_TIMEOUT", 60)
+    files = {f"{number}": b"x" * 100 for number in range(6)}
+    publish(s3, folder(files), f"{bucket}/art", {})
+    for number in range(6):
+        proxy.add(Fault("slow", contains=f"art/{number}", value=1))
+    began = time.monotonic()
+    with connect(connection.model_copy(update={"endpoint": f"http://127.0.0.1:{proxy.port}"})) as through:
+        fetch(through, f"{bucket}/art", tmp_path / "into")
+    assert time.monotonic() - began < 4, "one after the other they take six seconds"
+    assert read_folder(tmp_path / "into") == files
+
+
 @pytest.mark.parametrize("kind", ["status", "reset"])
 @pytest.mark.parametrize("method", ["PUT", "POST"])
 def test_a_passing_fault_does_not_show_in_what_goes_up(
