@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from trimtab_api.v1alpha1.finetunejob import FineTuneJobSpec
@@ -18,6 +18,14 @@ GKD_TEACHER = "gkd.teacher.from"
 
 SAME_VOCABULARY = frozenset({DPO_REFERENCE, GKD_TEACHER})
 """Fields of further models that are asked about the tuned model's own tokens."""
+
+OWN_KIND: Mapping[str, tuple[ArtifactKind, ...]] = {
+    "rewardModel": ("classifier",),
+    "sequenceClassification": ("classifier",),
+    "reranker": ("classifier",),
+    "embedding": ("embedder",),
+}
+"""What a method may start from beside a language model: what it makes itself."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ class Named:
 def named(spec: FineTuneJobSpec) -> Iterator[Named]:
     """The model, the tokenizer of one from scratch, and the further ones."""
     if spec.model.from_ is not None:
-        yield Named(MODEL, spec.model.from_)
+        yield Named(MODEL, spec.model.from_, kinds=("model", *OWN_KIND.get(spec.method, ())))
     if spec.model.scratch is not None and spec.model.scratch.tokenizer.from_ is not None:
         yield Named(TOKENIZER, spec.model.scratch.tokenizer.from_)
     yield from further(spec)

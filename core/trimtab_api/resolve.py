@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from trimtab_api.v1alpha1.finetunejob import FineTuneJobSpec
 from trimtab_api.v1alpha1.model import Scratch
@@ -11,8 +12,20 @@ from trimtab_api.v1alpha1.progress import ResolvedFineTune
 GLOBAL_BATCH = 16
 """Smallest global batch that the default accumulation reaches, in rows (ms-swift's default)."""
 
-FULL_LEARNING_RATE = {"dpo": 1e-6, "kto": 1e-6, "cpo": 1e-6, "simpo": 1e-6, "orpo": 1e-6, "grpo": 1e-6, "ppo": 1e-6}
-"""Of full tuning, for the methods that want less than 1e-5: a preference is a smaller step than an instruction."""
+WHOLE_ROWS = frozenset({"rewardModel", "sequenceClassification", "embedding", "reranker"})
+"""Methods that learn from rows as a whole, with no loss for each token."""
+
+FULL_LEARNING_RATE = {
+    "dpo": 1e-6,
+    "kto": 1e-6,
+    "cpo": 1e-6,
+    "simpo": 1e-6,
+    "orpo": 1e-6,
+    "grpo": 1e-6,
+    "ppo": 1e-6,
+    "embedding": 2e-5,
+}
+"""Of full tuning, for the methods that want other than 1e-5: a preference is a smaller step than an instruction."""
 
 LORA_LEARNING_RATE = {"grpo": 1e-5, "ppo": 1e-5}
 """Of adapters, for the methods that want less than 1e-4: what they learn from moves with the model."""
@@ -29,13 +42,13 @@ def resolve(spec: FineTuneJobSpec, image: str | None = None, output_uri: str | N
     accumulation = spec.training.gradient_accumulation_steps or default_accumulation(spec, one_pass)
     truncation = spec.dataset.truncation
     loss = spec.dataset.loss
-    pretrain = spec.method == "pretrain"
+    pretrain, whole = spec.method == "pretrain", spec.method in WHOLE_ROWS
     return ResolvedFineTune(
         image=image,
         tuner_type=tuner,
         learning_rate=spec.training.learning_rate or default_learning_rate(spec.method, tuner, spec.model.scratch),
-        truncation=truncation if truncation != "auto" else ("split" if pretrain else "delete"),
-        loss=loss if loss != "auto" else ("all" if pretrain else "assistant"),
+        truncation=truncation if truncation != "auto" else default_truncation(spec.method),
+        loss=loss if loss != "auto" else ("all" if pretrain or whole else "assistant"),
         processes_per_node=processes,
         world_size=world,
         per_device_batch_size=spec.training.per_device_batch_size,
@@ -43,6 +56,11 @@ def resolve(spec: FineTuneJobSpec, image: str | None = None, output_uri: str | N
         global_batch_size=one_pass * accumulation,
         output_uri=output_uri,
     )
+
+
+def default_truncation(method: str) -> Literal["delete", "right", "split"]:
+    """Documents are split, texts to embed cut at their end as whoever embeds will cut them, all else is left whole."""
+    return "split" if method == "pretrain" else "right" if method == "embedding" else "delete"
 
 
 def processes_per_node(spec: FineTuneJobSpec) -> int:

@@ -25,7 +25,7 @@ from trimtab_api.v1alpha1 import FineTuneJob, MergeJob
 from trimtab_api.v1alpha1.dataset import DataPart
 from trimtab_api.v1alpha1.output import Output
 from trimtab_api.v1alpha1.source import FolderSource, ModelSource, Storage, VolumeSource
-from trimtab_api.v1alpha1.status import Artifact, ArtifactKind
+from trimtab_api.v1alpha1.status import Artifact, ArtifactKind, TaskType
 
 Producer = FineTuneJob | MergeJob
 """A resource that makes an artifact."""
@@ -106,10 +106,12 @@ def model_input(
     producers: Producers,
     storage: Storage | None,
     default: Storage | None,
+    task: TaskType | None = None,
 ) -> ModelInput | Unmet:
     """The place of a model or adapter, or why it has none yet.
 
     `storage` is the resource's own, `default` the installation's. What a job made is reached as that job reached it.
+    `task` is what it must do, where that matters.
     """
     if source.s3 is not None:
         place = S3Place(uri=source.s3.uri.rstrip("/"), connection=connection(source.s3.storage, storage, default))
@@ -121,7 +123,7 @@ def model_input(
         return ModelInput(field=field, reference=volume_reference(source.volume), path=volume_path(source.volume))
     reference = referenced(source)
     assert reference is not None, "a source has exactly one member"
-    artifact = artifact_of(field, reference, wanted, producers.get(reference))
+    artifact = artifact_of(field, reference, wanted, producers.get(reference), task)
     if isinstance(artifact, Unmet):
         return artifact
     producer = producers[reference]
@@ -162,9 +164,13 @@ def output_connection(producer: Producer, default: Storage | None) -> Connection
 
 
 def artifact_of(
-    field: str, reference: Reference, wanted: tuple[ArtifactKind, ...], producer: Producer | None
+    field: str,
+    reference: Reference,
+    wanted: tuple[ArtifactKind, ...],
+    producer: Producer | None,
+    task: TaskType | None = None,
 ) -> Artifact | Unmet:
-    """What a job made, or why there is nothing to take."""
+    """What a job made, or why there is nothing to take. `task` None takes whatever it does."""
     if producer is None:
         return Unmet(
             Reason.WAITING, f"{field} names {reference}, which does not exist. Create it, or correct the name."
@@ -182,14 +188,35 @@ def artifact_of(
     if status.artifact.kind not in wanted:
         return Unmet(
             Reason.MODEL_INVALID,
-            f"{field} names {reference}, which made a {status.artifact.kind} where a {' or '.join(wanted)} is needed. "
-            + (
-                "Name a job of full tuning, or fold the adapter into its base with a MergeJob and name that."
-                if "model" in wanted
-                else "Name a FineTuneJob with tuner.type lora."
-            ),
+            f"{field} names {reference}, which made {_article(status.artifact.kind)} "
+            f"where {' or '.join(map(_article, wanted))} is needed. " + _remedy(status.artifact.kind, wanted),
+        )
+    if None not in (task, status.artifact.task_type) and status.artifact.task_type != task:
+        return Unmet(
+            Reason.MODEL_INVALID,
+            f"{field} names {reference}, which {_DOES[status.artifact.task_type]}; "
+            f"what {_DOES[task]} is needed. Name a job of another method.",
         )
     return status.artifact
+
+
+_DOES: Mapping[TaskType | None, str] = {
+    "CAUSAL_LM": "writes text",
+    "SEQ_CLS": "gives scores",
+    "FEATURE_EXTRACTION": "gives vectors",
+}
+
+
+def _article(kind: ArtifactKind) -> str:
+    return f"{'an' if kind[0] in 'ae' else 'a'} {kind}"
+
+
+def _remedy(kind: ArtifactKind, wanted: tuple[ArtifactKind, ...]) -> str:
+    if kind == "adapter":
+        return "Name a job of full tuning, or fold the adapter into its base with a MergeJob and name that."
+    if wanted == ("adapter",):
+        return "Name a FineTuneJob with tuner.type lora."
+    return "Name a job of another method."
 
 
 def base_of(

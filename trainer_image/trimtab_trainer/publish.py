@@ -16,8 +16,9 @@ from trimtab_api.contract import Manifest, RunConfig
 from trimtab_api.v1alpha1.status import Artifact, BaseReference
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.inputs import LocalModel
-from trimtab_trainer.model import beneath
+from trimtab_trainer.model import beneath, vector
 from trimtab_trainer.model.adapter import WEIGHTS, name_base, rank_of
+from trimtab_trainer.model.heads import Head, LanguageHead, VectorHead, head_of
 from trimtab_trainer.model.tuning import Tuned
 from trimtab_trainer.output import Output
 from trimtab_trainer.output import publish as upload_whole
@@ -41,6 +42,11 @@ class Provenance:
     template: str | None
     """The effective chat template."""
     world: int
+
+    @property
+    def head(self) -> Head:
+        """What the model answers with."""
+        return head_of(self.config.spec)
 
     def base_reference(self) -> BaseReference | None:
         """The logical base with its digest."""
@@ -67,7 +73,8 @@ class Provenance:
         return {
             "spec": spec.dump(),
             "resolved": self.config.resolved.dump(),
-            "taskType": "CAUSAL_LM",
+            "taskType": self.head.task,
+            **self.head.document(),
             "base": None if base is None else base.dump(),
             "datasetDigest": self.dataset_digest,
             "templateHash": None if self.template is None else "sha256:" + _sha256(self.template),
@@ -108,20 +115,25 @@ def write(
     Raises Fault(AssertionFailed) when a saved adapter, read back, changes nothing or is not what was trained.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    generation = _generation(tuned.model)
+    head, width = provenance.head, _width(tuned.model)
+    generation = _generation(tuned.model) if isinstance(head, LanguageHead) else None
     if provenance.config.resolved.tuner_type == "lora":
         _write_adapter(tuned, provenance, folder)
     else:
-        _write_model(tuned.model, dtype, folder)
+        _write_model(tuned.model, dtype, folder, writes=isinstance(head, LanguageHead))
+    if isinstance(head, VectorHead):
+        tokenizer.model_max_length = provenance.config.spec.dataset.max_length
+        vector.write_layout(folder, width, head.settings)
     if provenance.template is not None:
         tokenizer.chat_template = provenance.template
     if processor is not None:
         # With the model: whoever serves it prepares images as they were prepared here.
         processor.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    # The trainer replaces these by the tokenizer's single end-of-text token when it begins.
-    generation.eos_token_id, generation.pad_token_id = stops, tokenizer.pad_token_id
-    generation.save_pretrained(folder)
+    if generation is not None:
+        # The trainer replaces these by the tokenizer's single end-of-text token when it begins.
+        generation.eos_token_id, generation.pad_token_id = stops, tokenizer.pad_token_id
+        generation.save_pretrained(folder)
     (folder / "args.json").write_text(json.dumps(provenance.arguments(), indent=2, sort_keys=True) + "\n")
 
 
@@ -132,7 +144,8 @@ def upload(output: Output, folder: Path, provenance: Provenance) -> Artifact:
     return Artifact(
         uri=output.layout.artifact,
         digest=manifest.digest,
-        kind="adapter" if adapter else "model",
+        kind="adapter" if adapter else provenance.head.kind,
+        task_type=provenance.head.task,
         base=provenance.base_reference() if adapter else None,
         dataset_digest=provenance.dataset_digest,
         rank=rank_of(folder) if adapter else None,
@@ -145,7 +158,7 @@ def _write_adapter(tuned: Tuned, provenance: Provenance, folder: Path) -> None:
     tuned.model.save_pretrained(folder, safe_serialization=True, selected_adapters=["default"])
     if tuned.terms:
         beneath.publish(folder, tuned.terms)
-    name_base(folder, provenance.base.reference)
+    name_base(folder, provenance.base.reference, provenance.head.task)
     (folder / "README.md").unlink(missing_ok=True)
     if tuned.terms:
         see_equal(tuned, folder)
@@ -154,7 +167,7 @@ def _write_adapter(tuned: Tuned, provenance: Provenance, folder: Path) -> None:
 
 
 def see_effect(model: Any, folder: Path) -> None:
-    """Read the saved adapter back and hold its logits against the base's.
+    """Read the saved adapter back and hold what the model says against the base.
 
     Raises Fault(AssertionFailed) when they do not differ.
     """
@@ -200,13 +213,15 @@ def see_equal(tuned: Tuned, folder: Path) -> None:
 
 
 def _logits(model: Any) -> Any:
-    """In float32, for the first tokens of the vocabulary."""
+    """Logits, or the states below a head of numbers, in float32, for the first tokens of the vocabulary."""
     import torch
 
     weight = model.get_input_embeddings().weight
     ids = torch.arange(min(32, weight.shape[0]), device=weight.device).unsqueeze(0)
     with torch.no_grad():
-        return model(input_ids=ids).logits.float()
+        said = model(input_ids=ids, output_hidden_states=True)
+    # A head that was trained in full would differ in any case; the states that it reads tell whether the adapter acts.
+    return (said.logits if "logits" in said and said.logits.dim() == 3 else said.hidden_states[-1]).float()
 
 
 def _see_change(adapted: Any, plain: Any, unread: bool) -> None:
@@ -215,16 +230,16 @@ def _see_change(adapted: Any, plain: Any, unread: bool) -> None:
     if unread or not torch.isfinite(adapted).all() or torch.equal(adapted, plain):
         raise Fault(
             Reason.ASSERTION_FAILED,
-            "the saved adapter, read back, does not change the model's logits",
+            "the saved adapter, read back, does not change what the model says",
             "Raise training.learningRate or training.maxSteps.",
         )
 
 
-def _write_model(model: Any, dtype: Any, folder: Path) -> None:
+def _write_model(model: Any, dtype: Any, folder: Path, writes: bool) -> None:
     import torch
 
     # Training switches the cache off; whoever generates with the model wants it.
-    model.config.use_cache = True
+    model.config.use_cache = writes
     if dtype != torch.float32:
         model = model.to(dtype)
     model.save_pretrained(folder, safe_serialization=True, max_shard_size="5GB")
@@ -234,6 +249,10 @@ def _write_model(model: Any, dtype: Any, folder: Path) -> None:
 def _generation(model: Any) -> Any:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return inner.generation_config
+
+
+def _width(model: Any) -> int:
+    return int(model.config.get_text_config().hidden_size)
 
 
 def _sha256(text: str) -> str:

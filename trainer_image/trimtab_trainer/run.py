@@ -32,6 +32,8 @@ from trimtab_trainer.merge.lineage import fetch_with_base
 from trimtab_trainer.methods import METHODS, Method
 from trimtab_trainer.methods.parts import Parts
 from trimtab_trainer.model import adapter, embeddings, loading, scratch, tokenizer, tuning, vision
+from trimtab_trainer.model.heads import Head, LanguageHead, head_of
+from trimtab_trainer.model.opening import open_model
 from trimtab_trainer.movement import Movement
 from trimtab_trainer.notice import Notice
 from trimtab_trainer.output import Output, open_output
@@ -85,6 +87,7 @@ class Run:
         self.notice = notice
         self.reporter = reporter
         self.method: Method = METHODS[config.spec.method]
+        self.head: Head = head_of(config.spec)
         self.output: Output = open_output(config.output)
         self.step = 0
         """Last step that is known to be done."""
@@ -289,13 +292,16 @@ class Run:
         spec = self.config.spec
         if prepared.base is None:
             assert spec.model.scratch is not None
-            return scratch.build(spec.model.scratch, prepared.tokenizer, prepared.stops, spec.training.seed)
-        model = loading.load(prepared.base, "model.from", weight_dtype(self.config))
+            seed, stops = spec.training.seed, prepared.stops
+            return scratch.build(spec.model.scratch, prepared.tokenizer, stops, seed, self.head)
+        pad, dtype = prepared.tokenizer.pad_token_id, weight_dtype(self.config)
+        model = open_model(prepared.base, "model.from", dtype, self.head, spec.training.seed, pad)
         whole = self.config.resolved.tuner_type == "full"
         embeddings.make_room(model, prepared.tokenizer, prepared.new_tokens, whole)
         loading.see_vocabulary(model, prepared.tokenizer, "model.from")
-        model.generation_config.eos_token_id = prepared.stops
-        model.generation_config.pad_token_id = prepared.tokenizer.pad_token_id
+        if isinstance(self.head, LanguageHead):
+            model.generation_config.eos_token_id = prepared.stops
+            model.generation_config.pad_token_id = pad
         if prepared.processor is not None:
             vision.close_eyes(model)
         return model

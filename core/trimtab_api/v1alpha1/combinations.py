@@ -311,5 +311,51 @@ ROLLOUT = (
 )
 """Methods that learn from what the model says."""
 
-COMBINATIONS = (*SCRATCH, *TUNER, *TRAINING, *DATA, *PACKING, *PREFERENCE, *STREAMING, *ROLLOUT)
+_HEADS = "self.method in ['rewardModel', 'sequenceClassification', 'embedding', 'reranker']"
+
+HEADS = (
+    *(
+        Rule(
+            f"!has(self.{block}) || self.method == '{method}'",
+            f"remove it, or set method: {method}: these are that method's knobs",
+            field_path=f".{block}",
+        )
+        for block, method in (
+            ("rewardModel", "rewardModel"),
+            ("classification", "sequenceClassification"),
+            ("embedding", "embedding"),
+            ("reranker", "reranker"),
+        )
+    ),
+    Rule(
+        "self.method != 'sequenceClassification' || has(self.classification)",
+        "method sequenceClassification needs it: give numLabels, labels by name, or problemType: regression",
+        field_path=".classification",
+    ),
+    Rule(
+        f"!({_HEADS}) || self.dataset.loss == 'auto'",
+        "leave it out: this method learns from whole rows, not from single tokens",
+        field_path=".dataset.loss",
+    ),
+    Rule(
+        f"!({_HEADS}) || (self.dataset.toolCallWeight == 1.0 && !self.dataset.ignoreEmptyThink)",
+        "leave toolCallWeight and ignoreEmptyThink out: this method learns from whole rows, not from single tokens",
+        field_path=".dataset",
+    ),
+    Rule(
+        "self.method != 'embedding' || !has(self.dataset.truncation) || self.dataset.truncation != 'left'",
+        "must be right or delete: whoever uses an embedder cuts texts at their end",
+        field_path=".dataset.truncation",
+    ),
+    Rule(
+        "self.method != 'embedding' || self.training.perDeviceBatchSize > 1 || "
+        "(has(self.embedding) && (self.embedding.loss in ['cosineSimilarity', 'contrastive'] || "
+        "(has(self.embedding.hardNegatives) && self.embedding.hardNegatives > 0)))",
+        "must be at least 2: the other texts of the batch are what an anchor is held against",
+        field_path=".training.perDeviceBatchSize",
+    ),
+)
+"""Models that answer with numbers."""
+
+COMBINATIONS = (*SCRATCH, *TUNER, *TRAINING, *DATA, *PACKING, *PREFERENCE, *STREAMING, *ROLLOUT, *HEADS)
 """All rows, in the order in which they are told."""

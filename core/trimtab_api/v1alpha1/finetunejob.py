@@ -16,6 +16,7 @@ from trimtab_api.schema import (
 )
 from trimtab_api.v1alpha1.combinations import COMBINATIONS
 from trimtab_api.v1alpha1.dataset import Dataset, Template
+from trimtab_api.v1alpha1.heads import Classification, Embedding, Reranker, RewardModel
 from trimtab_api.v1alpha1.model import FineTuneModel
 from trimtab_api.v1alpha1.output import Output
 from trimtab_api.v1alpha1.pod import Pod
@@ -26,7 +27,22 @@ from trimtab_api.v1alpha1.source import Storage
 from trimtab_api.v1alpha1.training import Checkpoint, Distributed, Training
 from trimtab_api.v1alpha1.tuner import Tuner
 
-Method = Literal["pretrain", "sft", "dpo", "kto", "cpo", "simpo", "orpo", "grpo", "ppo", "gkd"]
+Method = Literal[
+    "pretrain",
+    "sft",
+    "dpo",
+    "kto",
+    "cpo",
+    "simpo",
+    "orpo",
+    "grpo",
+    "ppo",
+    "gkd",
+    "rewardModel",
+    "sequenceClassification",
+    "embedding",
+    "reranker",
+]
 """The tuning methods that work."""
 
 
@@ -45,7 +61,7 @@ class FineTuneJobSpec(Model):
     model_config = ConfigDict(json_schema_extra=rules(*COMBINATIONS))
 
     method: Method
-    """The tuning method. pretrain learns every token of text or conversations, sft learns the answers; dpo, cpo, simpo and orpo learn which of two answers is better, kto which answers are good; grpo and ppo learn from rewards for what the model says, gkd from a teacher."""
+    """The tuning method. pretrain learns every token of text or conversations, sft learns the answers; dpo, cpo, simpo and orpo learn which of two answers is better, kto which answers are good; grpo and ppo learn from rewards for what the model says, gkd from a teacher; rewardModel, sequenceClassification, embedding and reranker make models that answer with numbers."""
     model: FineTuneModel
     """What is tuned."""
     dataset: Dataset
@@ -76,6 +92,14 @@ class FineTuneJobSpec(Model):
     """Knobs of method ppo."""
     gkd: Gkd | None = None
     """Knobs of method gkd."""
+    reward_model: RewardModel | None = None
+    """Knobs of method rewardModel."""
+    classification: Classification | None = None
+    """The labels of method sequenceClassification."""
+    embedding: Embedding | None = None
+    """Knobs of method embedding."""
+    reranker: Reranker | None = None
+    """Knobs of method reranker."""
     output: Output = Field(default_factory=Output)
     """Where checkpoints and the artifact go."""
     storage: Storage | None = None
@@ -106,6 +130,7 @@ class FineTuneJob(Model):
                     "method", "model", "dataset", "template", "tuner", "training", "checkpoint", "distributed",
                     "dpo", "kto", "cpo", "simpo", "orpo",
                     "grpo", "ppo", "gkd",
+                    "rewardModel", "classification", "embedding", "reranker",
                     "output", "storage", "pod", "retries", "activeDeadlineSeconds", "hangTimeoutSeconds",
                 )
             )

@@ -44,8 +44,11 @@ class BaseReference(Model):
     """Identity of the base, when it has a manifest."""
 
 
-ArtifactKind = Literal["adapter", "model"]
-"""What a job makes."""
+ArtifactKind = Literal["adapter", "model", "classifier", "embedder"]
+"""What a job makes: model is a language model, classifier gives scores (reward models and rerankers are such), embedder vectors."""
+
+TaskType = Literal["CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION"]
+"""What a model does, in peft's words."""
 
 
 class Artifact(Model):
@@ -56,7 +59,9 @@ class Artifact(Model):
     digest: Digest
     """sha256 over its manifest.json."""
     kind: ArtifactKind
-    """Whether it is an adapter on a base or a whole model."""
+    """Whether it is an adapter on a base or a whole model, and what a whole model answers with."""
+    task_type: TaskType | None = None
+    """What the model does, an adapter's as well, in peft's words: CAUSAL_LM writes, SEQ_CLS gives scores, FEATURE_EXTRACTION vectors."""
     base: BaseReference | None = None
     """What the adapter belongs to; absent for a whole model."""
     dataset_digest: Digest | None = None

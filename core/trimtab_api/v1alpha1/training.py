@@ -70,7 +70,7 @@ class Training(Model):
     gradient_accumulation_steps: Annotated[int | None, Field(ge=1, le=65536)] = None
     """Forward passes to one optimiser step. By default enough for a global batch of at least 16 rows."""
     learning_rate: LearningRate | None = None
-    """Peak learning rate. By default 1e-4 for LoRA, 1e-5 for full tuning (1e-6 where it learns preferences), a tenth of both for grpo and ppo, and 1e-3 falling to 3e-4 with size for a model from scratch."""
+    """Peak learning rate. By default 1e-4 for LoRA, 1e-5 for full tuning (1e-6 where it learns preferences, 2e-5 for embedding), a tenth of both for grpo and ppo, and 1e-3 falling to 3e-4 with size for a model from scratch."""
     scheduler: Scheduler = Field(default_factory=Scheduler)
     """How the learning rate moves."""
     optimizer: Optimizer = "adamw"

@@ -44,7 +44,7 @@ SHARED_MEMORY = "2Gi"
 
 PREFLIGHTED = (
     "method", "model", "dataset", "template", "tuner", "training", "distributed", "grpo", "ppo", "gkd",
-    "storage", "output", "pod",
+    "classification", "embedding", "reranker", "storage", "output", "pod",
 )  # fmt: skip
 """Parts of the spec that the preflight looks at: when one changes, it looks again."""
 

@@ -170,7 +170,7 @@ def configure(seen: Seen) -> MergeConfig | Unmet:
     adapters = []
     for index, adapter in enumerate(spec.adapters):
         name = f"adapters[{index}].from"
-        source = model_input(name, adapter.from_, ("adapter",), seen.producers, spec.storage, default)
+        source = model_input(name, adapter.from_, ("adapter",), seen.producers, spec.storage, default, task="CAUSAL_LM")
         if isinstance(source, Unmet):
             return source
         adapters.append(MergeAdapterInput(source=source, weight=adapter.weight))

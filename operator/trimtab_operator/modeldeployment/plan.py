@@ -154,7 +154,9 @@ def _adapter(seen: Seen, adapter: ServedAdapter, before: ServeConfig | None) -> 
     """Where an adapter is, or was when its job is being run again; and why there is no newer one."""
     spec = seen.deployment.spec
     field_name = f"adapters[{adapter.name}].from"
-    found = model_input(field_name, adapter.from_, ("adapter",), seen.producers, spec.storage, seen.settings.storage)
+    found = model_input(
+        field_name, adapter.from_, ("adapter",), seen.producers, spec.storage, seen.settings.storage, task="CAUSAL_LM"
+    )
     if not isinstance(found, Unmet):
         return found, None
     kept = next((each.source for each in (before.adapters if before else []) if each.name == adapter.name), None)

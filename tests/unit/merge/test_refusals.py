@@ -109,7 +109,8 @@ CASES = [
     ),
     Case("another method", _adapter_config(peft_type="IA3"), Reason.MODEL_INVALID, ("IA3",)),
     Case("factors of a changed base", _adapter_config(init_lora_weights="pissa"), Reason.MODEL_INVALID, ("pissa",)),
-    Case("a head of its own", _adapter_config(task_type="SEQ_CLS"), Reason.MODEL_INVALID, ("SEQ_CLS",)),
+    Case("a head of its own", _adapter_config(task_type="SEQ_CLS"), Reason.MODEL_INVALID, ("SEQ_CLS", "gives scores")),
+    Case("vectors", _adapter_config(task_type="FEATURE_EXTRACTION"), Reason.MODEL_INVALID, ("gives vectors",)),
     Case("a pickled adapter", _pickle, Reason.UNSAFE_FORMAT, ("adapter_model.bin", "pickled")),
     Case("a pickled base", _pickled_base, Reason.UNSAFE_FORMAT, ("pytorch_model.bin", "pickled")),
     Case(

@@ -27,6 +27,8 @@ CHECKED_ROWS = 64
 """Rows whose prompt is tokenised again by itself."""
 WEIGHTS = "weights"
 """Column with each token's weight in the loss; empty where every learnt token counts once."""
+TARGETS = "targets"
+"""Column with the numbers that a whole record is learnt to have."""
 
 Truncation = Literal["delete", "left", "right", "split"]
 
@@ -96,7 +98,7 @@ class Encoder(Protocol):
     """How a method's rows become records of token ids."""
 
     columns: tuple[str, ...]
-    """Columns of a record, each a list of numbers: real ones in WEIGHTS, whole ones in all others."""
+    """Columns of a record, each a list of numbers: real ones in WEIGHTS and TARGETS, whole ones in all others."""
 
     def encode(self, rows: list[Row]) -> Iterator[Mapping[str, Sequence[float]]]:
         """The records of some rows."""
@@ -117,7 +119,7 @@ def write(rows: Path, encoder: Encoder, into: Path, spoiled: Spoiled = strictly)
     """
     import pyarrow
 
-    kinds = {WEIGHTS: pyarrow.float32()}
+    kinds = {WEIGHTS: pyarrow.float32(), TARGETS: pyarrow.float32()}
     schema = pyarrow.schema([(name, pyarrow.list_(kinds.get(name, pyarrow.int32()))) for name in encoder.columns])
     digest = hashlib.sha256()
     with pyarrow.OSFile(str(into), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:

@@ -39,7 +39,12 @@ WEIGHTS = "adapter_model.safetensors"
 _HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
 """Ways to begin that leave the base as it is. PiSSA, OLoRA and their kin change it, so that the saved factors
 belong to a base which nobody has any more."""
-_WHOLE_MODEL_ONLY = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+_WHOLE_MODEL_ONLY = {
+    "SEQ_CLS": "gives scores by a head that its base does not have",
+    "TOKEN_CLS": "labels tokens by a head that its base does not have",
+    "QUESTION_ANS": "marks answers by a head that its base does not have",
+    "FEATURE_EXTRACTION": "gives vectors, and its base has a head that writes",
+}
 
 
 @dataclass(frozen=True)
@@ -233,8 +238,9 @@ def _refuse_unsupported(config: dict[str, Any], where: str) -> None:
         problem = f"{where} is a {config.get('peft_type')} adapter; LoRA and DoRA can be merged"
         raise Fault(Reason.MODEL_INVALID, problem, "Serve it unmerged, or train a LoRA.")
     if config.get("task_type") in _WHOLE_MODEL_ONLY:
-        problem = f"{where} is for {config['task_type']}: it brings a head that its base does not have"
-        raise Fault(Reason.MODEL_INVALID, problem, "Merge adapters of causal language models.")
+        task = config["task_type"]
+        hint = "Merge adapters of language models; for a whole model of this kind train with tuner.type: full."
+        raise Fault(Reason.MODEL_INVALID, f"{where} is for {task}: it {_WHOLE_MODEL_ONLY[task]}", hint)
     start = config.get("init_lora_weights", True)
     if start not in _HARMLESS_INITS:
         problem = f"{where} began with init_lora_weights {start}, which changes its base: it fits no other"

@@ -8,7 +8,22 @@ from trimtab_api.contract import RunConfig
 from trimtab_trainer.data.collecting import Needs
 from trimtab_trainer.data.masks import Render
 from trimtab_trainer.data.sequences import Encoder
-from trimtab_trainer.methods import cpo, dpo, gkd, grpo, kto, orpo, ppo, pretrain, sft, simpo
+from trimtab_trainer.methods import (
+    cpo,
+    dpo,
+    embedding,
+    gkd,
+    grpo,
+    kto,
+    orpo,
+    ppo,
+    pretrain,
+    reranker,
+    reward_model,
+    sequence_classification,
+    sft,
+    simpo,
+)
 from trimtab_trainer.methods.parts import Parts
 
 
@@ -39,5 +54,9 @@ METHODS: dict[str, Method] = {
     "grpo": grpo.METHOD,
     "ppo": ppo.METHOD,
     "gkd": gkd.METHOD,
+    "rewardModel": reward_model.METHOD,
+    "sequenceClassification": sequence_classification.METHOD,
+    "embedding": embedding.METHOD,
+    "reranker": reranker.METHOD,
 }
 """By the name that a spec uses."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from trimtab_api.conditions import Reason
 from trimtab_api.v1alpha1.finetunejob import FineTuneJobSpec
+from trimtab_api.v1alpha1.status import TaskType
 from trimtab_api.v1alpha1.tuner import Lora
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.inputs import LocalModel
@@ -35,8 +36,8 @@ def takes_out(lora: Lora) -> bool:
     return lora.init_weights.startswith(TAKEN_OUT)
 
 
-def adapt(model: Any, lora: Lora, seed: int, new_tokens: Sequence[int] = ()) -> Any:
-    """The model wrapped with a fresh adapter; only the adapter is trainable, and the embeddings of `new_tokens`.
+def adapt(model: Any, lora: Lora, seed: int, new_tokens: Sequence[int] = (), task: TaskType = "CAUSAL_LM") -> Any:
+    """The model wrapped with a fresh adapter; only the adapter is trainable, embeddings of `new_tokens`, a scalar head.
 
     Raises Fault(SpecInvalid) when no module has one of the wanted names.
     """
@@ -55,7 +56,7 @@ def adapt(model: Any, lora: Lora, seed: int, new_tokens: Sequence[int] = ()) -> 
         saved += [embeddings.output_name(model)] if embeddings.has_own_head(model) else []
     try:
         config = LoraConfig(
-            task_type="CAUSAL_LM",
+            task_type=task,
             r=lora.rank,
             lora_alpha=alpha,
             lora_dropout=dropout(lora, model.config),
@@ -155,12 +156,12 @@ def _left_out(model: Any) -> str | None:
     return "|".join(patterns) or None
 
 
-def name_base(folder: Path, reference: str) -> None:
+def name_base(folder: Path, reference: str, task: TaskType = "CAUSAL_LM") -> None:
     """Write the logical base into adapter_config.json, in place of this pod's path."""
     path = folder / CONFIG
     config = json.loads(path.read_text())
     config["base_model_name_or_path"] = reference
-    config["task_type"] = "CAUSAL_LM"
+    config["task_type"] = task
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

@@ -74,7 +74,8 @@ def make_room(model: Any, tokenizer: Any, new: Sequence[int], whole: bool) -> No
             )
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     known = min(rows, min(new))
-    matrices = {id(each.weight): each.weight for each in (model.get_input_embeddings(), model.get_output_embeddings())}
+    ends = [each for each in (model.get_input_embeddings(), model.get_output_embeddings()) if each is not None]
+    matrices = {id(each.weight): each.weight for each in ends}
     with torch.no_grad():
         for weight in matrices.values():
             weight[list(new)] = weight[:known].float().mean(dim=0).to(weight.dtype)

@@ -8,6 +8,8 @@ from typing import Any
 from trimtab_api.conditions import Reason
 from trimtab_api.v1alpha1.model import Scratch
 from trimtab_trainer.endings import Fault
+from trimtab_trainer.model.heads import Head, LanguageHead, ScalarHead
+from trimtab_trainer.model.opening import prepare
 
 FIELD = "model.scratch"
 TIED_UP_TO = 2048
@@ -44,23 +46,36 @@ def configuration(scratch: Scratch, tokenizer: Any, stops: list[int]) -> Any:
     return made
 
 
-def build(scratch: Scratch, tokenizer: Any, stops: list[int], seed: int) -> Any:
-    """The model, its weights drawn with `seed`, in float32.
+def build(scratch: Scratch, tokenizer: Any, stops: list[int], seed: int, head: Head | None = None) -> Any:
+    """The model, its weights drawn with `seed`, in float32; by default a language model.
 
-    Raises Fault(SpecInvalid) when the architecture has no causal language model.
+    Raises Fault(SpecInvalid) when the architecture has no such model.
     """
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig, set_seed
+    from transformers import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        GenerationConfig,
+        set_seed,
+    )
 
     config = configuration(scratch, tokenizer, stops)
+    if isinstance(head, ScalarHead):
+        config.num_labels, config.problem_type = head.size, head.problem_type
+    kind, said = {
+        "CAUSAL_LM": (AutoModelForCausalLM, "causal language model"),
+        "SEQ_CLS": (AutoModelForSequenceClassification, "model with a scalar head"),
+        "FEATURE_EXTRACTION": (AutoModel, "backbone"),
+    }[(head or LanguageHead()).task]
     set_seed(seed)
     try:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = kind.from_config(config, dtype=torch.float32)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         first = str(error).strip().splitlines()[0]
-        raise Fault(
-            Reason.SPEC_INVALID, f"{FIELD}: {scratch.model_type} makes no causal language model: {first}"
-        ) from error
+        raise Fault(Reason.SPEC_INVALID, f"{FIELD}: {scratch.model_type} makes no {said}: {first}") from error
+    if head is not None and not isinstance(head, LanguageHead):
+        return prepare(model, head)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id
     )

@@ -12,6 +12,7 @@ from trimtab_api.contract import RunConfig
 from trimtab_trainer.inputs import LocalModel
 from trimtab_trainer.model import adapter, beneath, freezing
 from trimtab_trainer.model.beneath import Term
+from trimtab_trainer.model.heads import head_of
 
 Kept = Callable[[Callable[[], dict[str, Any]]], Path]
 """Makes the start of an adapter once for all processes and attempts: from tensors to the folder that holds them."""
@@ -52,7 +53,7 @@ def tune(
         adapter.see_base(further[name], base, name)
         terms.append(beneath.lower(further[name], name))
         beneath.take_in(model, terms[-1], name)
-    wrapped = adapter.adapt(model, lora, spec.training.seed, new_tokens)
+    wrapped = adapter.adapt(model, lora, spec.training.seed, new_tokens, head_of(spec).task)
     beneath.see_covered(beneath.adapted_modules(wrapped), terms)
     if adapter.takes_out(lora):
         terms.append(_start(wrapped, config, kept))
