@@ -125,7 +125,7 @@ REFUSED = (
     Row("stopping on nothing", F, {"training.earlyStopping": {"patience": 2}}, "spec.training.earlyStopping", "needs validation rows"),
     Row("evaluating nothing", F, {"training.evaluateAtStart": True}, "spec.training.evaluateAtStart", "needs rows to validate on"),
     Row("noise for preferences", F, {"method": "dpo", "training.neftuneAlpha": 5}, "spec.training.neftuneAlpha", "noise on the embeddings is for pretrain and sft"),
-    Row("lengths without an order", F, {"training.groupByLength": True, "dataset.shuffle": False}, "spec.training.groupByLength", "elsewhere the order of rows"),
+    Row("lengths without an order", F, {"training.groupByLength": True, "dataset.shuffle": False}, "spec.training.groupByLength", "elsewhere the order of rows has a meaning"),
     # Tuners
     Row("biases for preferences", F, {"method": "dpo", "tuner.lora": {"bias": "all"}}, "spec.tuner.lora.bias", "must be none but for pretrain and sft"),
     Row("dropout of parameters", F, {"tuner.lora": {"targetParameters": ["experts.up"], "dropout": 0.1}}, "spec.tuner.lora.dropout", "parameters that are no layer of their own take no dropout"),
@@ -471,6 +471,9 @@ EDITS: dict[str, dict[str, Any]] = {
         "retries": {"limit": 0},
         "activeDeadlineSeconds": 5,
         "hangTimeoutSeconds": 60,
+        **{method: {"beta": 0.2} for method in ("dpo", "kto", "cpo", "simpo")},
+        **{method: {} for method in ("orpo", "grpo", "ppo", "gkd")},
+        **{block: {} for block in ("rewardModel", "classification", "embedding", "reranker")},
     },
     "MergeJob": {
         "adapters": [{"from": HUB, "weight": 2}],
@@ -489,6 +492,17 @@ EDITS: dict[str, dict[str, Any]] = {
 FREE = {"suspend", "ttlSecondsAfterFinished"}
 
 
+def edit(field: str, value: Any) -> dict[str, Any]:
+    """A change of one field; a method's block comes with the method's example, whose rows and steps fit it."""
+    named = {"rewardModel": "reward-model", "classification": "sequence-classification"}.get(field, field)
+    example = EXAMPLES / "methods" / f"{named}.yaml"
+    if not example.is_file():
+        return {"spec": {field: value}}
+    whole = yaml.safe_load(example.read_text())["spec"]
+    whole.pop("model")
+    return {"spec": {**whole, field: {**whole.get(field, {}), **value}}}
+
+
 @pytest.mark.parametrize("kind", EDITS)
 def test_edits_cover_every_field(kind: str) -> None:
     assert set(SCHEMAS[kind]["properties"]["spec"]["properties"]) == set(EDITS[kind]) | FREE
@@ -500,11 +514,11 @@ def test_job_may_change_until_it_starts_and_not_afterwards(api: Any, namespace: 
     made = api.create(namespace, plural, build(kind, {}))
     assert made.accepted, made.message
     for field, value in EDITS[kind].items():
-        answer = api.patch(namespace, plural, "job", {"spec": {field: value}}, dryRun="All")
+        answer = api.patch(namespace, plural, "job", edit(field, value), dryRun="All")
         assert answer.accepted, f"{field}: {answer.message}"
     assert api.patch(namespace, plural, "job", STARTED, subresource="status").accepted
     for field, value in EDITS[kind].items():
-        answer = api.patch(namespace, plural, "job", {"spec": {field: value}}, dryRun="All")
+        answer = api.patch(namespace, plural, "job", edit(field, value), dryRun="All")
         refused(answer, f"spec.{field}", "delete the job, or apply it under another name")
     for change in ({"suspend": True}, {"ttlSecondsAfterFinished": 60}, {"ttlSecondsAfterFinished": None}):
         answer = api.patch(namespace, plural, "job", {"spec": change})

@@ -140,6 +140,9 @@ class Filler:
         return made
 
     def object(self, node: dict[str, Any], turn: int) -> dict[str, Any]:
+        if "properties" not in node:
+            below = node["additionalProperties"]
+            return {f"key/{n}": self.value(below, n) for n in range(node["maxProperties"] if self.most else 0)}
         wanted = node["properties"] if self.most else node.get("required", [])
         return {name: self.value(node["properties"][name], turn) for name in wanted}
 

@@ -24,7 +24,7 @@ def broken(spec: BaseModel) -> Iterator[tuple[str, str]]:
 def _walk(node: Any, path: str) -> Iterator[tuple[str, str]]:
     if isinstance(node, BaseModel):
         extra = type(node).model_config.get("json_schema_extra")
-        yield from _judge(extra, node.model_dump(mode="json", by_alias=True, exclude_none=True), path)
+        yield from _judge(extra, _given(node.model_dump(mode="json", by_alias=True, exclude_none=True)), path)
         for name, field in type(node).model_fields.items():
             value = getattr(node, name)
             if value is None:
@@ -43,6 +43,13 @@ def _extras(field: FieldInfo) -> Iterator[Any]:
     yield field.json_schema_extra
     for part in get_args(field.annotation):
         yield from (each.json_schema_extra for each in get_args(part)[1:] if isinstance(each, FieldInfo))
+
+
+def _given(value: Any) -> Any:
+    """The value without empty lists: the API server knows them as absent, since no list has a default there."""
+    if isinstance(value, dict):
+        return {key: _given(each) for key, each in value.items() if each != []}
+    return [_given(each) for each in value] if isinstance(value, list) else value
 
 
 def _judge(extra: Any, value: Any, path: str) -> Iterator[tuple[str, str]]:

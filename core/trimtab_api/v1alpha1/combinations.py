@@ -56,14 +56,16 @@ TUNER = (
 )
 """Tuners, models and methods."""
 
+_VALIDATED = "has(self.dataset.validationSplit) || (has(self.dataset.validation) && self.dataset.validation.size() > 0)"
+
 TRAINING = (
     Rule(
-        "!has(self.training.earlyStopping) || size(self.dataset.validation) > 0 || has(self.dataset.validationSplit)",
+        f"!has(self.training.earlyStopping) || {_VALIDATED}",
         "needs validation rows: give dataset.validation or dataset.validationSplit",
         field_path=".training.earlyStopping",
     ),
     Rule(
-        "!self.training.evaluateAtStart || size(self.dataset.validation) > 0 || has(self.dataset.validationSplit)",
+        f"!self.training.evaluateAtStart || {_VALIDATED}",
         "needs rows to validate on: give dataset.validation or dataset.validationSplit",
         field_path=".training.evaluateAtStart",
     ),
