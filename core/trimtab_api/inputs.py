@@ -19,6 +19,9 @@ GKD_TEACHER = "gkd.teacher.from"
 SAME_VOCABULARY = frozenset({DPO_REFERENCE, GKD_TEACHER})
 """Fields of further models that are asked about the tuned model's own tokens."""
 
+JUDGES: tuple[ArtifactKind, ...] = ("classifier", "adapter")
+"""What may give rewards: an adapter too, when it brings the head."""
+
 OWN_KIND: Mapping[str, tuple[ArtifactKind, ...]] = {
     "rewardModel": ("classifier",),
     "sequenceClassification": ("classifier",),
@@ -57,9 +60,9 @@ def further(spec: FineTuneJobSpec) -> Iterator[Named]:
     if spec.grpo is not None:
         for number, reward in enumerate(spec.grpo.rewards):
             if reward.reward_model is not None:
-                yield Named(grpo_reward(number), reward.reward_model.from_)
+                yield Named(grpo_reward(number), reward.reward_model.from_, kinds=JUDGES)
     if spec.ppo is not None:
-        yield Named(PPO_REWARD, spec.ppo.reward_model.from_)
+        yield Named(PPO_REWARD, spec.ppo.reward_model.from_, kinds=JUDGES)
     if spec.gkd is not None:
         yield Named(GKD_TEACHER, spec.gkd.teacher.from_)
 
@@ -80,3 +83,8 @@ def lower_adapter(number: int) -> str:
 def grpo_reward(number: int) -> str:
     """The field of the reward model of a grpo job's reward `number`, from 0."""
     return f"grpo.rewards[{number}].rewardModel.from"
+
+
+def gives_rewards(field: str) -> bool:
+    """Whether what this field names judges answers."""
+    return field == PPO_REWARD or field.startswith("grpo.rewards[")

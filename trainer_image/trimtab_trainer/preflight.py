@@ -39,6 +39,7 @@ from trimtab_trainer.data.reading import Skipped, strictly
 from trimtab_trainer.data.rows import IMAGES
 from trimtab_trainer.endings import Fault, ending_of
 from trimtab_trainer.inputs import (
+    ADAPTER_CONFIG,
     SMALL_MODEL_FILES,
     TOKENIZER_FILES,
     WEIGHT_FILES,
@@ -54,6 +55,7 @@ from trimtab_trainer.methods import METHODS
 from trimtab_trainer.model.adapter import see_base
 from trimtab_trainer.model.chat import CHATML_TOKENS
 from trimtab_trainer.model.loading import architecture, see_same_vocabulary
+from trimtab_trainer.model.scalar import see_one_output
 from trimtab_trainer.model.vision import sees
 from trimtab_trainer.output import open_output
 from trimtab_trainer.template import CHATML, ChatTemplate, asked_for, special_tokens_in, template_in
@@ -184,8 +186,13 @@ def _model(source: ModelInput, config: RunConfig, into: Path, pins: Pins) -> Loc
     if whole and source.s3 is not None:
         _weights(source, config)
     local = fetch_model(source, into, pins, only=SMALL_MODEL_FILES if whole else TOKENIZER_FILES, patience=PATIENCE)
+    judges = inputs.gives_rewards(source.field)
+    if judges and (local.path / ADAPTER_CONFIG).is_file():
+        return local
     if whole:
         described = architecture(local.path, source.field, local.reference)
+        if judges:
+            see_one_output(described, source.field, local.reference)
         if whole and source.path is not None and not any(local.path.glob("*.safetensors")):
             raise _no_weights(source, local.reference)
         new = len(config.spec.model.new_tokens) if source is config.model else 0

@@ -15,7 +15,7 @@ Coefficient = Annotated[float, Field(ge=0, le=1000)]
 Clip = Annotated[float, Field(gt=0, le=100)]
 
 
-class RewardModel(Model):
+class RewardSource(Model):
     """A model that gives a conversation one number."""
 
     from_: Annotated[ModelSource, Field(alias="from")]
@@ -29,7 +29,7 @@ class Reward(OneOf):
 
     name: Literal["accuracy", "format", "softOverlong", "repetition", "cosine"] | None = None
     """accuracy: 1 when the answer is the row's column solution, else 0. format: 1 for <think>…</think><answer>…</answer>, else 0. softOverlong: 0, falling to -1 over the last fifth of maxCompletionLength. repetition: from 0 to -1 by the share of repeated triples of words. cosine: right answers earn more when they are short, wrong ones lose less when they are long; reads solution."""
-    reward_model: RewardModel | None = None
+    reward_model: RewardSource | None = None
     """Ask a reward model."""
     weight: Annotated[float | None, Field(ge=-1000, le=1000)] = None
     """Factor of this reward in the sum. By default 1."""
@@ -67,7 +67,7 @@ class Grpo(Model):
 class Ppo(Model):
     """Proximal policy optimisation against a reward model, with a value head on the tuned model's own backbone (Schulman et al. 2017, arXiv:1707.06347; Ouyang et al. 2022, arXiv:2203.02155)."""
 
-    reward_model: RewardModel
+    reward_model: RewardSource
     """What an answer earns."""
     kl_coef: Coefficient = 0.05
     """Weight of the divergence from the model as it was at the start, taken off each token's reward."""

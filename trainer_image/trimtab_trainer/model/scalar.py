@@ -146,6 +146,16 @@ def set_padding(model: Any, pad_token_id: int) -> None:
         part.pad_token_id = pad_token_id
 
 
+def see_one_output(found: dict[str, Any], field: str, reference: str) -> None:
+    """Raise Fault(ModelInvalid) unless the config.json is that of a model that gives one number."""
+    outputs = own_labels(found)
+    if outputs == 1:
+        return
+    gives = "has no head that gives scores" if outputs is None else f"gives {outputs} numbers; a reward is one"
+    hint = "Name what a FineTuneJob of method rewardModel made."
+    raise Fault(Reason.MODEL_INVALID, f"{field} {reference} {gives}", hint)
+
+
 def own_labels(found: dict[str, Any]) -> int | None:
     """How many outputs the head of a published model has, by its config.json; None when it has no such head."""
     names = found.get("architectures") or []

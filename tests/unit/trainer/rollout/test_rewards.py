@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.unit.trainer.conftest import lines, run_config, spec
+from tests.unit.trainer.rollout.conftest import job
 from trimtab_api.resolve import resolve
-from trimtab_trainer import rewards
+from trimtab_trainer import preflight, rewards
 from trimtab_trainer.data import collecting, prompts
 from trimtab_trainer.data.prompts import Prompts
 from trimtab_trainer.data.sequences import write
@@ -145,3 +147,26 @@ def test_further_models_are_named_by_their_fields() -> None:
     wanted = spec("grpo", "{}", grpo=grpo, ppo={"rewardModel": {"from": HUB}}, **GKD)
     fields = [each.field for each in inputs.further(wanted)]
     assert fields == ["grpo.rewards[1].rewardModel.from", "ppo.rewardModel.from", "gkd.teacher.from"]
+
+
+def test_the_preflight_looks_at_judges_and_teachers(base: Path, judge: Path, tmp_path: Path) -> None:
+    ppo = {"ppo": {"rewardModel": {"from": HUB}}}
+    question = {"train": [{"from": {"inline": lines([{"messages": [USER]}])}}], "maxLength": 48}
+
+    def look(method: str, field: str, folder: Path, **fields: Any) -> str:
+        work = tmp_path / f"{method}-{folder.parent.name}-{folder.name}"
+        config = job(method, base, tmp_path / "out", {field: folder}, **fields)
+        return preflight.check(config, work).message
+
+    assert "1 rows are sound" in look("ppo", "ppo.rewardModel.from", judge, dataset=question, **ppo)
+    with pytest.raises(Fault, match="has no head that gives scores"):
+        look("ppo", "ppo.rewardModel.from", base, dataset=question, **ppo)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "task_type": "SEQ_CLS"}')
+    assert "1 rows are sound" in look("ppo", "ppo.rewardModel.from", adapter, dataset=question, **ppo)
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    tokenizer.learn([{"text": "other words altogether"}], 280, None, None, other)
+    with pytest.raises(Fault, match="its tokenizer is another than the tuned model's"):
+        look("gkd", "gkd.teacher.from", other, dataset=question, gkd={"teacher": {"from": HUB}, "lmbda": 1})
