@@ -168,6 +168,9 @@ def way_of(spec: FineTuneJobSpec, resolved: ResolvedFineTune, shape: Shape, rank
     """How a job trains. `rank`: of an adapter whose training goes on."""
     accelerated = GPU_RESOURCE in spec.pod.resources.limits
     narrow = spec.model.dtype in ("bfloat16", "float16") or (spec.model.dtype == "auto" and accelerated)
+    narrow = narrow or spec.training.pure_bf16
+    quantization, offload = spec.model.quantization, spec.distributed.offload
+    gpus = max(1, int(spec.pod.resources.limits.get(GPU_RESOURCE, 1)))
     lora, packing = spec.tuner.lora, spec.dataset.packing
     saved = [name for name in (lora.modules_to_save if lora else ()) if name in _OUTER]
     adapters = {each.field for each in inputs.adapters(spec)}
@@ -179,8 +182,13 @@ def way_of(spec: FineTuneJobSpec, resolved: ResolvedFineTune, shape: Shape, rank
         width=2 if narrow else 4,
         optimizer=spec.training.optimizer,
         checkpointing=spec.training.gradient_checkpointing,
-        strategy="none" if resolved.world_size == 1 else "ddp",
+        bits={"bnb4": 4, "bnb8": 8}[quantization.method] if quantization else 16,
+        pure=spec.training.pure_bf16,
+        strategy=resolved.strategy,
         processes=resolved.world_size,
+        devices=gpus if resolved.strategy == "deviceMap" else 1,
+        offload_optimizer=offload.optimizer or (offload.parameters and resolved.strategy == "fsdp2"),
+        offload_parameters=offload.parameters,
         frozen_copies=sum(each.field not in adapters for each in inputs.further(spec)),
         extra_trainable=len(saved) * shape.vocabulary * shape.hidden,
         accelerated=accelerated,
@@ -210,9 +218,9 @@ def activations(shape: Shape, way: Way) -> float:
     logits = 0 if way.fused_head else shape.vocabulary * (way.width + 4 + 4)
     hidden = shape.hidden * (way.width + 4)
     cast = 0.0
-    if way.tuner == "full" and not way.pure and way.width < 4:
+    if way.tuner == "full" and not way.pure and way.width < 4 and not way.strategy.startswith("zero"):
         # Autocast keeps a copy of each float32 weight in the arithmetic's precision until the pass is over.
-        cast = shape.parameters * way.width * (_share(way, "weights") if way.strategy in ("zero3", "fsdp2") else 1)
+        cast = shape.parameters * way.width * (_share(way, "weights") if way.strategy == "fsdp2" else 1)
     return tokens * (kept + logits + hidden) + cast
 
 
@@ -273,9 +281,13 @@ def _trainable(shape: Shape, way: Way) -> int:
 def _state(shape: Shape, way: Way) -> tuple[float, float, float]:
     """Bytes of weights, gradients and optimiser in one process."""
     trainable = _trainable(shape, way)
+    masters = 0.0
     if way.tuner == "full":
         wide = way.width if way.pure else 4
         weights = float(shape.parameters * wide)
+        if way.strategy in ("zero1", "zero2", "zero3") and not way.pure and way.width < 4:
+            # DeepSpeed computes with narrow weights and gradients, and keeps wide weights beside the moments.
+            weights, masters = float(shape.parameters * way.width), 4.0 * trainable
     else:
         wide = 4
         frozen = PACKED.get(way.bits, way.width)
@@ -283,8 +295,10 @@ def _state(shape: Shape, way: Way) -> tuple[float, float, float]:
     weights += way.frozen_copies * shape.parameters * way.width
     return (
         weights * _share(way, "weights") * (0 if way.offload_parameters else 1),
-        trainable * wide * _share(way, "gradients"),
-        trainable * wide * OPTIMIZERS[way.optimizer] * _share(way, "optimizer") * (0 if way.offload_optimizer else 1),
+        trainable * (way.width if masters else wide) * _share(way, "gradients"),
+        (trainable * wide * OPTIMIZERS[way.optimizer] + masters)
+        * _share(way, "optimizer")
+        * (0 if way.offload_optimizer else 1),
     )
 
 

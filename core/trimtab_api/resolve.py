@@ -32,6 +32,12 @@ LORA_LEARNING_RATE = {"grpo": 1e-5, "ppo": 1e-5}
 
 GPU_RESOURCE = "nvidia.com/gpu"
 
+SMALL_SCRATCH = 1_000_000_000
+"""Weights up to which a model from scratch fits every process with its optimiser's state, 16 bytes a weight."""
+
+ResolvedStrategy = Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp2", "deviceMap"]
+"""What `auto` becomes, beside what can be asked for."""
+
 
 def resolve(spec: FineTuneJobSpec, image: str | None = None, output_uri: str | None = None) -> ResolvedFineTune:
     """Fill in what the spec leaves open. Pure; the same spec gives the same answer."""
@@ -52,6 +58,7 @@ def resolve(spec: FineTuneJobSpec, image: str | None = None, output_uri: str | N
         processes_per_node=processes,
         world_size=world,
         per_device_batch_size=spec.training.per_device_batch_size,
+        strategy=strategy(spec, tuner, world),
         gradient_accumulation_steps=accumulation,
         global_batch_size=one_pass * accumulation,
         output_uri=output_uri,
@@ -63,10 +70,46 @@ def default_truncation(method: str) -> Literal["delete", "right", "split"]:
     return "split" if method == "pretrain" else "right" if method == "embedding" else "delete"
 
 
+def strategy(spec: FineTuneJobSpec, tuner: str, world: int) -> ResolvedStrategy:
+    """How the run is spread.
+
+    One process has nothing to split; offloading still needs DeepSpeed, which then works alone. By default an adapter
+    takes ddp: its gradients and optimiser are small, and whole weights cost no traffic. Full tuning takes zero2: the
+    optimiser's state is three quarters of its memory, and splitting it costs no more traffic than ddp. Weights that do
+    not fit one device want zero3 or fsdp2, which the spec alone cannot know. An optimiser whose state is not
+    split takes ddp, and so does a method that is proven with it alone.
+    """
+    asked = spec.distributed.strategy
+    if asked == "deviceMap":
+        return asked
+    if world == 1:
+        return asked if asked in ("zero1", "zero2", "zero3") and _offloads(spec) else "none"
+    if asked != "auto":
+        return asked
+    if spec.training.optimizer != "adamw" or spec.method not in ("pretrain", "sft"):
+        return "ddp"
+    if tuner != "full" or (spec.model.scratch is not None and scratch_weights(spec.model.scratch) <= SMALL_SCRATCH):
+        return "ddp"
+    return "zero2"
+
+
+def _offloads(spec: FineTuneJobSpec) -> bool:
+    return spec.distributed.offload.optimizer or spec.distributed.offload.parameters
+
+
+def scratch_weights(scratch: Scratch) -> int:
+    """About how many weights a decoder of these sizes has, embeddings left out."""
+    hidden = scratch.hidden_size
+    inner = scratch.intermediate_size or -(-hidden * 8 // 3)
+    return scratch.layers * (4 * hidden * hidden + 3 * hidden * inner)
+
+
 def processes_per_node(spec: FineTuneJobSpec) -> int:
-    """Processes in each pod: as asked for, else one per GPU of the pod, else one."""
+    """Processes in each pod: as asked for, else one with a device map, else one per GPU of the pod, else one."""
     if spec.distributed.processes_per_node is not None:
         return spec.distributed.processes_per_node
+    if spec.distributed.strategy == "deviceMap":
+        return 1
     gpus = spec.pod.resources.limits.get(GPU_RESOURCE, 1)
     return max(1, int(gpus)) if str(gpus).isdigit() else 1
 

@@ -9,6 +9,8 @@ import torch
 from trl.trainer.sft_config import SFTConfig
 
 from trimtab_api.contract import RunConfig
+from trimtab_trainer import strategies
+from trimtab_trainer.strategies.fsdp import complete
 
 SAVES_IN_A_RUN = 10
 """Checkpoints in a run that says nothing of it."""
@@ -30,11 +32,26 @@ class UnnumberedCpu:
     transformers restores an optimiser to `args.device`; torch writes tensors of "cpu" and cannot place them on "cpu:0".
     """
 
+    fsdp: Any
+
     @property
     def device(self) -> Any:
         """Where this process computes."""
         base: Any = super()
         return torch.device("cpu") if base.device.type == "cpu" else base.device
+
+    def __post_init__(self) -> None:
+        """What FSDP needs beyond its settings."""
+        base: Any = super()
+        base.__post_init__()
+        if self.fsdp:
+            complete(self)
+
+    @property
+    def n_gpu(self) -> int:
+        """Devices of this process: the library would copy the model to each that it sees (torch's DataParallel)."""
+        base: Any = super()
+        return min(1, int(base.n_gpu))
 
 
 class Arguments(UnnumberedCpu, SFTConfig):
@@ -44,14 +61,22 @@ class Arguments(UnnumberedCpu, SFTConfig):
 def precision(config: RunConfig) -> str:
     """What the arithmetic is done in: float32, bfloat16 or float16."""
     asked = config.spec.model.dtype
+    if config.spec.training.pure_bf16:
+        return "bfloat16"
     if asked != "auto":
         return asked
     return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
 
 
 def weight_dtype(config: RunConfig) -> Any:
-    """What the weights are kept in. Full tuning keeps float32: in bfloat16 small updates are rounded away."""
-    return torch.float32 if config.resolved.tuner_type == "full" else getattr(torch, precision(config))
+    """What the weights are loaded in. Full tuning keeps float32: in bfloat16 small updates are rounded away.
+
+    A strategy that keeps float32 weights beside the ones to compute with takes the precision of the arithmetic.
+    """
+    kept_elsewhere = config.spec.training.pure_bf16 or strategies.of(config).master_weights
+    if config.resolved.tuner_type == "full" and not kept_elsewhere:
+        return torch.float32
+    return getattr(torch, precision(config))
 
 
 def arguments(config: RunConfig, folder: Path, validated: bool) -> Arguments:
@@ -67,7 +92,9 @@ def common(config: RunConfig, folder: Path, validated: bool) -> dict[str, Any]:
     `validated`: there are validation rows. A class made of them must have UnnumberedCpu mixed in.
     """
     spec, training = config.spec, config.spec.training
-    arithmetic = precision(config)
+    arithmetic, strategy = precision(config), strategies.of(config)
+    # Weights in bfloat16 need no conversion on the way; DeepSpeed asks for the word all the same.
+    converted = not training.pure_bf16 or strategy.master_weights
     save_steps: float = spec.checkpoint.save_steps or 1 / SAVES_IN_A_RUN
     return dict(
         output_dir=str(folder),
@@ -84,7 +111,6 @@ def common(config: RunConfig, folder: Path, validated: bool) -> dict[str, Any]:
         adam_beta2=training.adam_beta2,
         max_grad_norm=training.max_grad_norm,
         gradient_checkpointing=training.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         seed=training.seed,
         data_seed=spec.dataset.seed,
         train_sampling_strategy=_sampling(config),
@@ -99,7 +125,7 @@ def common(config: RunConfig, folder: Path, validated: bool) -> dict[str, Any]:
         eval_strategy="steps" if validated else "no",
         eval_steps=(training.eval_steps or save_steps) if validated else None,
         prediction_loss_only=True,
-        bf16=arithmetic == "bfloat16",
+        bf16=arithmetic == "bfloat16" and converted,
         fp16=arithmetic == "float16",
         use_cpu=not torch.cuda.is_available(),
         ddp_timeout=spec.distributed.timeout_seconds,
@@ -111,6 +137,7 @@ def common(config: RunConfig, folder: Path, validated: bool) -> dict[str, Any]:
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         report_to=[],
+        **{"gradient_checkpointing_kwargs": {"use_reentrant": False}, **strategy.arguments()},
     )
 
 

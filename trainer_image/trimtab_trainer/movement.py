@@ -6,6 +6,7 @@ from typing import Any
 
 from trimtab_api.conditions import Reason
 from trimtab_trainer.endings import Fault
+from trimtab_trainer.strategies.gathering import whole
 
 SAMPLE = 256
 """Elements of each tensor that are looked at."""
@@ -22,11 +23,9 @@ class Movement:
             )
 
     def see(self, model: Any) -> None:
-        """Raise Fault(AssertionFailed) when most tensors are what they were."""
-        import torch
-
+        """Raise Fault(AssertionFailed) when most tensors are what they were. Every process of the run takes part."""
         now = {name: _sample(weight) for name, weight in _trainable(model)}
-        moved = sum(not torch.equal(before, now[name]) for name, before in self._before.items())
+        moved = sum(_differ(before, now[name]) for name, before in self._before.items())
         if moved * 2 <= len(self._before):
             raise Fault(
                 Reason.ASSERTION_FAILED,
@@ -39,7 +38,14 @@ def _trainable(model: Any) -> list[tuple[str, Any]]:
     return [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
 
 
+def _differ(before: Any, now: Any) -> bool:
+    """Whether they differ in the coarser of their types: a strategy may keep weights in another than they came in."""
+    import torch
+
+    return not torch.equal(before.to(now.dtype), now)
+
+
 def _sample(weight: Any) -> Any:
-    flat = weight.detach().reshape(-1)
+    flat = whole(weight).reshape(-1)
     stride = max(1, flat.numel() // SAMPLE)
     return flat[::stride][:SAMPLE].to("cpu", copy=True)

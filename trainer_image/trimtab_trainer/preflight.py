@@ -28,7 +28,7 @@ from trimtab_api.v1alpha1.dataset import Dataset
 from trimtab_api.v1alpha1.model import Scratch
 from trimtab_api.v1alpha1.progress import Memory
 from trimtab_api.v1alpha1.status import PinnedInput
-from trimtab_trainer import workplace
+from trimtab_trainer import strategies, workplace
 from trimtab_trainer.data import collecting, streaming
 from trimtab_trainer.data.collecting import Collected, rows_of
 from trimtab_trainer.data.feeds import Feed, open_feed
@@ -52,6 +52,7 @@ from trimtab_trainer.inputs import (
 )
 from trimtab_trainer.measuring import Measured, measure
 from trimtab_trainer.methods import METHODS
+from trimtab_trainer.model import quantisation
 from trimtab_trainer.model.adapter import see_base
 from trimtab_trainer.model.chat import CHATML_TOKENS
 from trimtab_trainer.model.loading import architecture, see_same_vocabulary
@@ -82,6 +83,7 @@ def check(config: RunConfig, work: Path) -> Ending:
 
     Raises Fault and the store's errors for the first thing that is wrong.
     """
+    strategies.see_possible(config)
     open_output(config.output, patience=PATIENCE).probe()
     pins = Pins(config.pins)
     streamed = config.spec.dataset.streaming is not None
@@ -195,6 +197,8 @@ def _model(source: ModelInput, config: RunConfig, into: Path, pins: Pins) -> Loc
             see_one_output(described, source.field, local.reference)
         if whole and source.path is not None and not any(local.path.glob("*.safetensors")):
             raise _no_weights(source, local.reference)
+        if source is config.model:
+            quantisation.see_trainable(described, config, source.field, local.reference)
         new = len(config.spec.model.new_tokens) if source is config.model else 0
         if config.resolved.tuner_type == "full":
             new = 0

@@ -22,12 +22,16 @@ from trimtab_trainer.model.heads import Head, LanguageHead, VectorHead, head_of
 from trimtab_trainer.model.tuning import Tuned
 from trimtab_trainer.output import Output
 from trimtab_trainer.output import publish as upload_whole
+from trimtab_trainer.strategies.gathering import length
 
 log = logging.getLogger(__name__)
 
 APART = 0.05
 """Largest difference of two models' logits, relative to the largest logit, that the rounding of weights explains."""
-_LIBRARIES = ("trimtab", "torch", "transformers", "trl", "peft", "accelerate", "tokenizers", "safetensors")
+_LIBRARIES = (
+    "trimtab", "torch", "transformers", "trl", "peft", "accelerate", "tokenizers", "safetensors", "deepspeed",
+    "bitsandbytes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,8 +113,11 @@ def write(
     provenance: Provenance,
     folder: Path,
     processor: Any = None,
+    gathered: dict[str, Any] | None = None,
 ) -> None:
     """Write the artifact's files; `stops` are the ids that end an answer. The model is of no use afterwards.
+
+    `gathered`: the weights by name, when the model itself holds no more than a part of them.
 
     Raises Fault(AssertionFailed) when a saved adapter, read back, changes nothing or is not what was trained.
     """
@@ -118,9 +125,9 @@ def write(
     head, width = provenance.head, _width(tuned.model)
     generation = _generation(tuned.model) if isinstance(head, LanguageHead) else None
     if provenance.config.resolved.tuner_type == "lora":
-        _write_adapter(tuned, provenance, folder)
+        _write_adapter(tuned, provenance, folder, gathered)
     else:
-        _write_model(tuned.model, dtype, folder, writes=isinstance(head, LanguageHead))
+        _write_model(tuned.model, dtype, folder, gathered, writes=isinstance(head, LanguageHead))
     if isinstance(head, VectorHead):
         tokenizer.model_max_length = provenance.config.spec.dataset.max_length
         vector.write_layout(folder, width, head.settings)
@@ -153,17 +160,48 @@ def upload(output: Output, folder: Path, provenance: Provenance) -> Artifact:
     )
 
 
-def _write_adapter(tuned: Tuned, provenance: Provenance, folder: Path) -> None:
+def _write_adapter(tuned: Tuned, provenance: Provenance, folder: Path, gathered: dict[str, Any] | None) -> None:
     assert provenance.base is not None, "an adapter has a base"
-    tuned.model.save_pretrained(folder, safe_serialization=True, selected_adapters=["default"])
+    tuned.model.save_pretrained(folder, safe_serialization=True, selected_adapters=["default"], state_dict=gathered)
     if tuned.terms:
         beneath.publish(folder, tuned.terms)
     name_base(folder, provenance.base.reference, provenance.head.task)
     (folder / "README.md").unlink(missing_ok=True)
-    if tuned.terms:
+    if gathered is not None:
+        see_read_back(tuned.model, folder, gathered)
+    elif tuned.terms:
         see_equal(tuned, folder)
     else:
         see_effect(tuned.model, folder)
+
+
+def see_read_back(model: Any, folder: Path, gathered: dict[str, Any]) -> None:
+    """Raise Fault(AssertionFailed) when the saved adapter, read back, is not the one that was trained."""
+    import torch
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    saved = load_file(folder / WEIGHTS)
+    trained = get_peft_model_state_dict(model, state_dict=gathered)
+    if saved.keys() != trained.keys() or not all(torch.equal(saved[name], trained[name]) for name in saved):
+        raise Fault(Reason.ASSERTION_FAILED, "the saved adapter, read back, is not the one that was trained")
+
+
+def see_split_effect(wrapped: Any, model: Any) -> None:
+    """Hold the logits with the adapter against those without, where each process holds a part of the weights.
+
+    All processes call it together. `wrapped`: the model as it is trained, around `model`. Raises Fault(AssertionFailed)
+    when the logits do not differ.
+    """
+    wrapped.eval()
+    rows = length(model.get_input_embeddings().weight)
+    adapted = _logits(wrapped, rows)
+    with warnings.catch_warnings():
+        # As in see_effect.
+        warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias", UserWarning)
+        with model.disable_adapter():
+            plain = _logits(wrapped, rows)
+    _see_change(adapted, plain, unread=False)
 
 
 def see_effect(model: Any, folder: Path) -> None:
@@ -212,12 +250,15 @@ def see_equal(tuned: Tuned, folder: Path) -> None:
         )
 
 
-def _logits(model: Any) -> Any:
-    """Logits, or the states below a head of numbers, in float32, for the first tokens of the vocabulary."""
+def _logits(model: Any, rows: int | None = None) -> Any:
+    """Logits, or the states below a head of numbers, in float32, for the first tokens of the vocabulary.
+
+    `rows`: how many tokens it has, where the model cannot say.
+    """
     import torch
 
-    weight = model.get_input_embeddings().weight
-    ids = torch.arange(min(32, weight.shape[0]), device=weight.device).unsqueeze(0)
+    weight = next(model.parameters()) if rows else model.get_input_embeddings().weight
+    ids = torch.arange(min(32, rows or weight.shape[0]), device=weight.device).unsqueeze(0)
     with torch.no_grad():
         said = model(input_ids=ids, output_hidden_states=True)
     # A head that was trained in full would differ in any case; the states that it reads tell whether the adapter acts.
@@ -235,14 +276,16 @@ def _see_change(adapted: Any, plain: Any, unread: bool) -> None:
         )
 
 
-def _write_model(model: Any, dtype: Any, folder: Path, writes: bool) -> None:
+def _write_model(model: Any, dtype: Any, folder: Path, gathered: dict[str, Any] | None, writes: bool) -> None:
     import torch
 
     # Training switches the cache off; whoever generates with the model wants it.
     model.config.use_cache = writes
-    if dtype != torch.float32:
+    if gathered is not None:
+        model.config.dtype = dtype
+    elif dtype != torch.float32:
         model = model.to(dtype)
-    model.save_pretrained(folder, safe_serialization=True, max_shard_size="5GB")
+    model.save_pretrained(folder, safe_serialization=True, max_shard_size="5GB", state_dict=gathered)
     (folder / "README.md").unlink(missing_ok=True)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from trimtab_api import inputs, memory
 from trimtab_api.conditions import Reason
 from trimtab_api.contract import Ending, RunConfig
-from trimtab_trainer import checkpoint, publish, report, stopping
+from trimtab_trainer import checkpoint, publish, report, stopping, strategies
 from trimtab_trainer.arguments import precision, weight_dtype
 from trimtab_trainer.data import collecting, packing, sequences, streaming
 from trimtab_trainer.data.collecting import Collected, rows_of
@@ -31,7 +31,7 @@ from trimtab_trainer.inputs import LocalModel, Pins, fetch_data, fetch_model
 from trimtab_trainer.merge.lineage import fetch_with_base
 from trimtab_trainer.methods import METHODS, Method
 from trimtab_trainer.methods.parts import Parts
-from trimtab_trainer.model import adapter, embeddings, loading, scratch, tokenizer, tuning, vision
+from trimtab_trainer.model import adapter, embeddings, loading, quantisation, scratch, tokenizer, tuning, vision
 from trimtab_trainer.model.heads import Head, LanguageHead, head_of
 from trimtab_trainer.model.opening import open_model
 from trimtab_trainer.movement import Movement
@@ -40,6 +40,7 @@ from trimtab_trainer.output import Output, open_output
 from trimtab_trainer.output import publish as upload_whole
 from trimtab_trainer.preemption import StopTogether
 from trimtab_trainer.progress import Reporter
+from trimtab_trainer.strategies import gathering
 from trimtab_trainer.template import ChatTemplate, asked_for
 from trimtab_trainer.watch import Watch
 
@@ -88,6 +89,7 @@ class Run:
         self.reporter = reporter
         self.method: Method = METHODS[config.spec.method]
         self.head: Head = head_of(config.spec)
+        self.strategy = strategies.of(config)
         self.output: Output = open_output(config.output)
         self.step = 0
         """Last step that is known to be done."""
@@ -105,10 +107,11 @@ class Run:
         # What an earlier process left here may be half of anything.
         once_per_pod(self.group, lambda: shutil.rmtree(work, ignore_errors=True))
         prepared = self._prepare(work)
-        resume = checkpoint.find(self.output, self.group, work / "resume", prepared.sequences_digest)
+        resume = checkpoint.find(self.output, self.group, work / "resume", prepared.sequences_digest, self.strategy)
         self.from_step = self.step = resume.step if resume else 0
         if self.group.any(self.notice.given):
             raise Fault(Reason.PREEMPTED, f"told to leave before a step was done; step {self.step} is saved")
+        self.strategy.prepare()
         tuned = self._tuned(prepared, work)
         movement = Movement(tuned.model)
         trainer, stop = self._trainer(tuned.model, prepared, resume, work)
@@ -116,8 +119,8 @@ class Run:
         if resume is None or not (resume.finished or over):
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume.path))
         else:
-            trainer._load_from_checkpoint(str(resume.path))
             trainer.state = trainer.state.load_from_json(str(resume.path / "trainer_state.json"))
+            self.strategy.go_on(trainer, str(resume.path), trainer.state.max_steps)
         self.step = int(trainer.state.global_step)
         if stop.stopped and self.step < trainer.state.max_steps:
             raise Fault(
@@ -293,9 +296,13 @@ class Run:
         if prepared.base is None:
             assert spec.model.scratch is not None
             seed, stops = spec.training.seed, prepared.stops
-            return scratch.build(spec.model.scratch, prepared.tokenizer, stops, seed, self.head)
+            model = scratch.build(spec.model.scratch, prepared.tokenizer, stops, seed, self.head)
+            return model.to(weight_dtype(self.config))
+        described = loading.architecture(prepared.base.path, "model.from", prepared.base.reference)
+        quantisation.see_trainable(described, self.config, "model.from", prepared.base.reference)
         pad, dtype = prepared.tokenizer.pad_token_id, weight_dtype(self.config)
-        model = open_model(prepared.base, "model.from", dtype, self.head, spec.training.seed, pad)
+        model = open_model(prepared.base, "model.from", dtype, self.head, spec.training.seed, pad, **self._loading())
+        quantisation.keep_layout(model)
         whole = self.config.resolved.tuner_type == "full"
         embeddings.make_room(model, prepared.tokenizer, prepared.new_tokens, whole)
         loading.see_vocabulary(model, prepared.tokenizer, "model.from")
@@ -306,6 +313,17 @@ class Run:
             vision.close_eyes(model)
         return model
 
+    def _loading(self) -> dict[str, Any]:
+        """How the weights are brought in: quantised, laid over devices, or as they are."""
+        how: dict[str, Any] = {}
+        quantization = self.config.spec.model.quantization
+        if quantization is not None:
+            arithmetic = precision(self.config)
+            how["quantization_config"] = quantisation.settings(quantization, arithmetic, self.strategy.splits_weights)
+        if self.config.resolved.strategy == "deviceMap":
+            how["device_map"] = "auto"
+        return how
+
     def _trainer(
         self, model: Any, prepared: Prepared, resume: checkpoint.Resume | None, work: Path
     ) -> tuple[Any, StopTogether]:
@@ -313,7 +331,8 @@ class Run:
         from transformers import PrinterCallback
 
         made_by = self._provenance(prepared).made_by()
-        keeper = checkpoint.Keeper(self.output, self.group, self.config.spec.checkpoint.keep, made_by)
+        keep = self.config.spec.checkpoint.keep
+        keeper = checkpoint.Keeper(self.output, self.group, keep, made_by, self.strategy)
         watch = Watch(self.reporter, self.group, keeper, self.config.attempt, self.from_step)
         stop = StopTogether(self.notice, self.group)
         asked = self.config.spec.training.early_stopping
@@ -383,6 +402,9 @@ class Run:
         import torch
 
         collected = self._all_skipped(prepared)
+        dtype = getattr(torch, precision(self.config))
+        model = trainer.published()
+        gathered = self._gathered(trainer, model, dtype) if self.strategy.splits_weights else None
 
         def hand_over() -> Ending:
             provenance = self._provenance(prepared)
@@ -394,8 +416,6 @@ class Run:
             )
             report.write(trainer.state.log_history, about, work / "report")
             upload_whole(self.output, work / "report", self.output.layout.report, provenance.made_by())
-            dtype = getattr(torch, precision(self.config))
-            model = trainer.published()
             publish.write(
                 tuning.Tuned(model, tuned.terms),
                 prepared.tokenizer,
@@ -404,6 +424,7 @@ class Run:
                 provenance,
                 folder,
                 prepared.processor,
+                gathered,
             )
             artifact = publish.upload(self.output, folder, provenance)
             return Ending(
@@ -417,6 +438,13 @@ class Run:
             )
 
         return once(self.group, hand_over)
+
+    def _gathered(self, trainer: Any, model: Any, dtype: Any) -> dict[str, Any]:
+        """What is published, on the first process, of weights that all processes hold in parts."""
+        adapted = self.config.resolved.tuner_type != "full"
+        if adapted:
+            publish.see_split_effect(trainer.model_wrapped, model)
+        return gathering.gather(model, self.group.place.first, trainable=adapted, dtype=None if adapted else dtype)
 
     def _all_skipped(self, prepared: Prepared) -> Collected:
         """What was collected, with the rows that every process's stream passed over."""

@@ -359,5 +359,138 @@ HEADS = (
 )
 """Models that answer with numbers."""
 
-COMBINATIONS = (*SCRATCH, *TUNER, *TRAINING, *DATA, *PACKING, *PREFERENCE, *STREAMING, *ROLLOUT, *HEADS)
+QUANTIZED = (
+    Rule(
+        f"!has(self.model.quantization) || {_LANGUAGE}",
+        "remove it, or set method: sft or pretrain: with the other methods quantised weights are not proven",
+        field_path=".model.quantization",
+    ),
+    Rule(
+        "!has(self.model.quantization) || !has(self.tuner.type) || self.tuner.type != 'full'",
+        "remove it, or set tuner.type: lora: weights that are quantised cannot move",
+        field_path=".model.quantization",
+    ),
+    Rule(
+        "!has(self.model.quantization) || !has(self.model.scratch)",
+        "remove it: random weights are all trained, and quantised ones cannot move",
+        field_path=".model.quantization",
+    ),
+    Rule(
+        "!has(self.model.quantization) || self.model.quantization.method != 'bnb8' || "
+        "!(self.distributed.strategy in ['fsdp2', 'zero3'])",
+        "fsdp2 and zero3 cannot split weights of 8 bit: choose method bnb4, or strategy ddp, zero1 or zero2",
+        field_path=".model.quantization.method",
+    ),
+    Rule(
+        "!has(self.model.quantization) || self.model.quantization.storageDtype != 'uint8' || "
+        "!(self.distributed.strategy in ['fsdp2', 'zero3'])",
+        "leave it out: fsdp2 and zero3 can split quantised weights only when they are stored as bfloat16",
+        field_path=".model.quantization.storageDtype",
+    ),
+    Rule(
+        "!has(self.model.quantization) || self.model.dtype != 'float16' || "
+        "!(self.distributed.strategy in ['fsdp2', 'zero3'])",
+        "choose bfloat16 or float32: under fsdp2 and zero3 quantised weights are stored as bfloat16, "
+        "and float16 arithmetic would convert them",
+        field_path=".model.dtype",
+    ),
+    Rule(
+        "!has(self.model.quantization) || !has(self.tuner.adapters)",
+        "remove it: quantised weights take no other adapter in; merge it first, or use continueFrom",
+        field_path=".tuner.adapters",
+    ),
+    Rule(
+        "!has(self.model.quantization) || !has(self.tuner.lora) || "
+        "self.tuner.lora.initWeights in ['default', 'gaussian']",
+        "must be default or gaussian: quantised weights give nothing out",
+        field_path=".tuner.lora.initWeights",
+    ),
+)
+"""Weights that are quantised as they are loaded."""
+
+PARALLEL = (
+    Rule(
+        f"{_LANGUAGE} || self.distributed.strategy in ['auto', 'ddp']",
+        "must be auto or ddp, or method sft or pretrain: with the other methods only ddp is proven",
+        field_path=".distributed.strategy",
+    ),
+    Rule(
+        "self.distributed.strategy != 'deviceMap' || self.distributed.nodes == 1",
+        "must be 1 with strategy deviceMap, where one process uses the devices of its pod",
+        field_path=".distributed.nodes",
+    ),
+    Rule(
+        "self.distributed.strategy != 'deviceMap' || !has(self.distributed.processesPerNode) || "
+        "self.distributed.processesPerNode == 1",
+        "must be 1, or left out, with strategy deviceMap, where one process uses the devices of its pod",
+        field_path=".distributed.processesPerNode",
+    ),
+    Rule(
+        "!self.distributed.offload.optimizer || self.distributed.strategy in ['zero1', 'zero2', 'zero3']",
+        "needs strategy zero1, zero2 or zero3; with fsdp2 set offload.parameters, which takes the optimiser along",
+        field_path=".distributed.offload.optimizer",
+    ),
+    Rule(
+        "!self.distributed.offload.parameters || self.distributed.strategy in ['zero3', 'fsdp2']",
+        "needs strategy zero3 or fsdp2: with the others every process computes with whole weights",
+        field_path=".distributed.offload.parameters",
+    ),
+    Rule(
+        "!(self.distributed.strategy in ['fsdp2', 'zero3']) || !has(self.tuner.adapters)",
+        "remove it, or choose ddp, zero1 or zero2: weights that are split take no other adapter in",
+        field_path=".tuner.adapters",
+    ),
+    Rule(
+        "!(self.distributed.strategy in ['fsdp2', 'zero3']) || !has(self.tuner.lora) || "
+        "self.tuner.lora.initWeights in ['default', 'gaussian']",
+        "must be default or gaussian, or choose ddp, zero1 or zero2: weights that are split give nothing out",
+        field_path=".tuner.lora.initWeights",
+    ),
+    Rule(
+        "!(self.distributed.strategy in ['fsdp2', 'zero3']) || !has(self.model.newTokens) || "
+        "size(self.model.newTokens) == 0",
+        "leave it out, or choose ddp, zero1 or zero2: rows of a matrix that is split cannot be written",
+        field_path=".model.newTokens",
+    ),
+    Rule(
+        "self.training.optimizer == 'adamw' || !(self.distributed.strategy in ['zero1', 'zero2', 'zero3', 'fsdp2'])",
+        "must be adamw, or choose ddp: the state of the others is not split",
+        field_path=".training.optimizer",
+    ),
+)
+"""How a run is spread over processes and devices."""
+
+PRECISION = (
+    Rule(
+        "!self.training.pureBf16 || has(self.model.scratch) || (has(self.tuner.type) && self.tuner.type == 'full')",
+        "needs tuner.type: full: adapters are small and stay in float32",
+        field_path=".training.pureBf16",
+    ),
+    Rule(
+        "!self.training.pureBf16 || self.model.dtype in ['auto', 'bfloat16']",
+        "must be auto or bfloat16 with training.pureBf16",
+        field_path=".model.dtype",
+    ),
+    Rule(
+        "!self.training.pureBf16 || !(self.distributed.offload.optimizer || self.distributed.offload.parameters)",
+        "leave it out with distributed.offload, which keeps the optimiser's state in float32",
+        field_path=".training.pureBf16",
+    ),
+)
+"""What weights are kept in."""
+
+COMBINATIONS = (
+    *SCRATCH,
+    *TUNER,
+    *TRAINING,
+    *DATA,
+    *PACKING,
+    *PREFERENCE,
+    *STREAMING,
+    *ROLLOUT,
+    *HEADS,
+    *QUANTIZED,
+    *PARALLEL,
+    *PRECISION,
+)
 """All rows, in the order in which they are told."""

@@ -74,6 +74,21 @@ class Scratch(Model):
     """The tokenizer; vocabulary and special tokens of the model follow it."""
 
 
+class Quantization(Model):
+    """The frozen weights are quantised as they are loaded, and an adapter is trained on them (Dettmers et al. 2023, arXiv:2305.14314)."""
+
+    method: Literal["bnb4", "bnb8"]
+    """How the linear layers are quantised: bitsandbytes with 4 or 8 bit."""
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    """Of bnb4: the sixteen values that four bits stand for. nf4 fits weights that are normally distributed."""
+    double_quant: bool = True
+    """Of bnb4: quantise the scales as well, which saves about 0.4 bit a weight."""
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Of bnb4: what a layer is unpacked to before it multiplies. auto is the precision that dtype stands for."""
+    storage_dtype: Literal["auto", "uint8", "bfloat16"] = "auto"
+    """Of bnb4: the type of the tensors that hold the packed bits. auto is uint8, and bfloat16 where fsdp2 or zero3 must split them."""
+
+
 class FineTuneModel(Model):
     """What is tuned: an existing model, or random weights."""
 
@@ -101,3 +116,5 @@ class FineTuneModel(Model):
     """Special tokens that the tokenizer gets; each is one token from then on, and its embedding is trained. An adapter takes as many as the base's embeddings have rows to spare."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Precision of the arithmetic. auto is bfloat16 on an accelerator that has it, else float32. With full tuning the weights themselves are kept in float32."""
+    quantization: Quantization | None = None
+    """Quantise the weights at load (QLoRA): an adapter is trained on them, and belongs to the model as it was before. By default they are not quantised."""

@@ -102,6 +102,8 @@ class ResolvedFineTune(Model):
     """Processes in all."""
     per_device_batch_size: Annotated[int, Field(ge=1)]
     """Rows in one forward pass of one process. Halved when memory runs out, while the global batch stays."""
+    strategy: Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp2", "deviceMap"] = "ddp"
+    """What the processes split among each other; none for a process that is alone."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1)]
     """Forward passes to one optimiser step."""
     global_batch_size: Annotated[int, Field(ge=1)]

@@ -95,6 +95,8 @@ class Training(Model):
     """Processes that put batches together ahead of time; rows are tokens already, so that 0 is right but for large media."""
     group_by_length: bool = False
     """Put rows of like length into one batch: less padding, and an order that is less random."""
+    pure_bf16: bool = False
+    """Keep weights, gradients and the optimiser's state of full tuning in bfloat16: about 8 bytes a weight in place of 16. Updates below one part in 256 of a weight are rounded away, so raise learningRate."""
     seed: Annotated[int, Field(ge=0, le=2_147_483_647)] = 42
     """Seed of weights, dropout and order."""
     logging_steps: Annotated[int, Field(ge=1, le=100_000)] = 5
@@ -112,6 +114,19 @@ class Checkpoint(Model):
     """Complete checkpoints that stay in storage."""
 
 
+Strategy = Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp2", "deviceMap"]
+"""The ways to spread a run over processes and devices that work."""
+
+
+class Offload(Model):
+    """What waits in main memory."""
+
+    optimizer: bool = False
+    """The optimiser's state, and its step: zero1, zero2 and zero3."""
+    parameters: bool = False
+    """The weights: zero3 and fsdp2. fsdp2 takes gradients and the optimiser along."""
+
+
 class Distributed(Model):
     """Over how many processes the rows are spread."""
 
@@ -119,8 +134,10 @@ class Distributed(Model):
     """Pods."""
     processes_per_node: Annotated[int | None, Field(ge=1, le=64)] = None
     """Processes in each pod. By default the number of nvidia.com/gpu in pod.resources.limits, or 1."""
-    strategy: Literal["ddp"] = "ddp"
-    """ddp: each process holds the whole model, gradients are averaged."""
+    strategy: Strategy = "auto"
+    """What the processes split among each other. ddp: the rows alone. zero1, zero2, zero3 (DeepSpeed): also the optimiser's state; and the gradients; and the weights. fsdp2 (PyTorch): all of these. deviceMap: one process lays the layers over its pod's devices. auto: ddp for adapters and small models from scratch, zero2 for full tuning."""
+    offload: Offload = Field(default_factory=Offload)
+    """What waits in the pod's main memory while the device does not need it: slower, and room for larger models."""
     device_memory: Quantity | None = None
     """Memory of one accelerator, for example 80Gi: a run that cannot fit is then refused before it starts. Without accelerators pod.resources.limits.memory says it."""
     timeout_seconds: Annotated[int, Field(ge=30, le=86400)] = 1800

@@ -92,5 +92,12 @@ class Observed:
         trainer: Any = self
         return trainer.accelerator.unwrap_model(trainer.model)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Nothing where the optimiser's checkpoint holds the weights: they would be gathered and written twice."""
+        trainer: Any = self
+        if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+            base: Any = super()
+            base.save_model(output_dir, _internal_call)
+
     def create_model_card(self, *_args: Any, **_kwargs: Any) -> None:
         """No model card: args.json tells what was done."""

@@ -10,6 +10,7 @@ from trimtab_api.conditions import Reason
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.inputs import LocalModel
 from trimtab_trainer.model import vision
+from trimtab_trainer.strategies.gathering import length
 
 
 def refuse_adapter(folder: Path, field: str, reference: str) -> None:
@@ -36,8 +37,8 @@ def architecture(folder: Path, field: str, reference: str) -> dict[str, Any]:
     return config
 
 
-def load(local: LocalModel, field: str, dtype: Any) -> Any:
-    """The model with its weights in `dtype`.
+def load(local: LocalModel, field: str, dtype: Any, **how: Any) -> Any:
+    """The model with its weights in `dtype`. `how`: further keywords of from_pretrained.
 
     Raises Fault(ModelInvalid) when it does not open or its weights do not fill its architecture.
     """
@@ -47,7 +48,7 @@ def load(local: LocalModel, field: str, dtype: Any) -> Any:
     architecture(local.path, field, local.reference)
     try:
         opened: Any = kind.from_pretrained(
-            local.path, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            local.path, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True, **how
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
@@ -63,7 +64,7 @@ def load(local: LocalModel, field: str, dtype: Any) -> Any:
 
 def see_vocabulary(model: Any, tokenizer: Any, field: str) -> None:
     """Raise Fault(ModelInvalid) when the tokenizer has tokens that the model has no embedding for."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = length(model.get_input_embeddings().weight)
     if len(tokenizer) > rows:
         raise Fault(
             Reason.MODEL_INVALID,

@@ -9,8 +9,8 @@ from trimtab_trainer.model import loading, scalar, vector
 from trimtab_trainer.model.heads import Head, ScalarHead, VectorHead
 
 
-def open_model(local: LocalModel, field: str, dtype: Any, head: Head, seed: int, pad_token_id: int) -> Any:
-    """The model with its weights in `dtype`; a fresh head is drawn with `seed`.
+def open_model(local: LocalModel, field: str, dtype: Any, head: Head, seed: int, pad_token_id: int, **how: Any) -> Any:
+    """The model with its weights in `dtype`; a fresh head is drawn with `seed`. `how`: see loading.load.
 
     Raises Fault when it does not open, or more than a head is missing.
     """
@@ -27,7 +27,7 @@ def open_model(local: LocalModel, field: str, dtype: Any, head: Head, seed: int,
         return prepare(model, head)
     if isinstance(head, VectorHead):
         return prepare(vector.load(local, field, dtype), head)
-    return loading.load(local, field, dtype)
+    return loading.load(local, field, dtype, **how)
 
 
 def prepare(model: Any, head: Head) -> Any:
