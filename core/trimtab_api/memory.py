@@ -116,7 +116,9 @@ class Way:
     offload_optimizer: bool = False
     offload_parameters: bool = False
     frozen_copies: int = 0
-    """Whole further models of the same shape, for example a reference."""
+    """Whole further models of the same shape that a field names, for example a teacher."""
+    reference: bool = False
+    """Full tuning holds the model as it was, in the precision of its weights."""
     extra_trainable: int = 0
     """Weights that are trained in full beside an adapter."""
     accelerated: bool = True
@@ -190,9 +192,16 @@ def way_of(spec: FineTuneJobSpec, resolved: ResolvedFineTune, shape: Shape, rank
         offload_optimizer=offload.optimizer or (offload.parameters and resolved.strategy == "fsdp2"),
         offload_parameters=offload.parameters,
         frozen_copies=sum(each.field not in adapters for each in inputs.further(spec)),
+        reference=resolved.tuner_type == "full" and _compares_with_itself(spec),
         extra_trainable=len(saved) * shape.vocabulary * shape.hidden,
         accelerated=accelerated,
     )
+
+
+def _compares_with_itself(spec: FineTuneJobSpec) -> bool:
+    """Whether the reference is the model as it was, in memory at each step."""
+    named = spec.dpo is not None and (spec.dpo.ref_model is not None or spec.dpo.precompute_ref_log_probs)
+    return spec.method == "kto" or (spec.method == "dpo" and not named)
 
 
 def estimate(shape: Shape, way: Way) -> Memory:
@@ -284,10 +293,11 @@ def _state(shape: Shape, way: Way) -> tuple[float, float, float]:
     masters = 0.0
     if way.tuner == "full":
         wide = way.width if way.pure else 4
-        weights = float(shape.parameters * wide)
+        reference = float(shape.parameters * wide) if way.reference else 0.0
+        weights = shape.parameters * wide + reference
         if way.strategy in ("zero1", "zero2", "zero3") and not way.pure and way.width < 4:
             # DeepSpeed computes with narrow weights and gradients, and keeps wide weights beside the moments.
-            weights, masters = float(shape.parameters * way.width), 4.0 * trainable
+            weights, masters = shape.parameters * way.width + reference, 4.0 * trainable
     else:
         wide = 4
         frozen = PACKED.get(way.bits, way.width)

@@ -116,3 +116,31 @@ def test_a_spec_becomes_a_way() -> None:
     assert (way.rows, way.length, way.rank, way.width, way.processes) == (2, 4096, 16, 2, 2)
     assert (way.optimizer, way.checkpointing, way.accelerated) == ("lion", False, True)
     assert way.extra_trainable == 152064 * 3584
+
+
+@pytest.mark.parametrize(
+    ("method", "tuner", "knobs", "held"),
+    [
+        ("dpo", "full", {}, True),
+        ("dpo", "lora", {}, False),
+        ("dpo", "full", {"dpo": {"precomputeRefLogProbs": True}}, False),
+        ("dpo", "full", {"dpo": {"refModel": {"fineTuneJob": {"name": "other"}}}}, False),
+        ("kto", "full", {}, True),
+        ("simpo", "full", {}, False),
+    ],
+)
+def test_a_reference_is_counted_where_one_is_held(method: str, tuner: str, knobs: dict[str, Any], held: bool) -> None:
+    spec = FineTuneJobSpec.model_validate(
+        {
+            "method": method,
+            "model": {"from": {"fineTuneJob": {"name": "base"}}},
+            "dataset": {"train": [{"from": {"inline": "{}"}}]},
+            "tuner": {"type": tuner},
+            **knobs,
+        }
+    )
+    way = memory.way_of(spec, resolve(spec), shape(QWEN))
+    assert way.reference is held
+    alone = memory.estimate(shape(QWEN), replace(way, reference=False)).weights_bytes
+    weights = memory.estimate(shape(QWEN), way).weights_bytes
+    assert weights == (2 * alone if held else alone)
