@@ -188,25 +188,28 @@ def _model(source: ModelInput, config: RunConfig, into: Path, pins: Pins) -> Loc
     if whole and source.s3 is not None:
         _weights(source, config)
     local = fetch_model(source, into, pins, only=SMALL_MODEL_FILES if whole else TOKENIZER_FILES, patience=PATIENCE)
-    judges = inputs.gives_rewards(source.field)
-    if judges and (local.path / ADAPTER_CONFIG).is_file():
+    if inputs.gives_rewards(source.field) and (local.path / ADAPTER_CONFIG).is_file():
         return local
     if whole:
-        described = architecture(local.path, source.field, local.reference)
-        if judges:
-            see_one_output(described, source.field, local.reference)
-        if whole and source.path is not None and not any(local.path.glob("*.safetensors")):
-            raise _no_weights(source, local.reference)
-        if source is config.model:
-            quantisation.see_trainable(described, config, source.field, local.reference)
-        new = len(config.spec.model.new_tokens) if source is config.model else 0
-        if config.resolved.tuner_type == "full":
-            new = 0
-        _vocabulary(source, local, described.get("vocab_size"), new)
+        _described(source, config, local)
     if not (local.path / "tokenizer.json").is_file():
         hint = "Convert the tokenizer to tokenizer.json with transformers and publish it there."
         raise Fault(Reason.MODEL_INVALID, f"{source.field} {local.reference}: no tokenizer.json there", hint)
     return local
+
+
+def _described(source: ModelInput, config: RunConfig, local: LocalModel) -> None:
+    """What config.json says of a whole model fits what is asked of it."""
+    described = architecture(local.path, source.field, local.reference)
+    if inputs.gives_rewards(source.field):
+        see_one_output(described, source.field, local.reference)
+    if source.path is not None and not any(local.path.glob("*.safetensors")):
+        raise _no_weights(source, local.reference)
+    new = 0
+    if source is config.model:
+        quantisation.see_trainable(described, config, source.field, local.reference)
+        new = 0 if config.resolved.tuner_type == "full" else len(config.spec.model.new_tokens)
+    _vocabulary(source, local, described.get("vocab_size"), new)
 
 
 def _weights(source: ModelInput, config: RunConfig) -> None:
