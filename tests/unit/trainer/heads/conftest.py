@@ -109,6 +109,7 @@ def tune(base: Path, tmp_path: Path) -> Tune:
 
     def run(method: str, rows: Rows, held_out: Rows = (), name: str = "job", **fields: Any) -> Done:  # type: ignore[assignment]
         notice, start = fields.pop("notice", Notice()), fields.pop("base", base)
+        further = fields.pop("further", [])
         document: dict[str, Any] = {
             "method": method,
             "model": {"from": {"fineTuneJob": {"name": "base"}}},
@@ -125,7 +126,7 @@ def tune(base: Path, tmp_path: Path) -> Tune:
         source = None
         if wanted.model.from_ is not None:
             source = ModelInput(field="model.from", reference="s3://models/base", path=str(start))
-        config = run_config(wanted, tmp_path / name, name=name, model=source)
+        config = run_config(wanted, tmp_path / name, name=name, model=source, further=further)
         group = Group(Place.here(), 1, 60)
         return Done(Run(config, group, tmp_path / f"work-{name}", notice, Quiet())(), tmp_path / name)
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.matrix import proves
 from tests.unit.trainer.heads.conftest import FULL, LORA, NOUNS, Done, Rows, Tune, said
+from trimtab_api.contract import ModelInput
 from trimtab_trainer.inputs import LocalModel
 from trimtab_trainer.model import scalar
 
@@ -146,6 +147,24 @@ def test_a_classifier_goes_on_from_a_classifier(tune: Tune, local: LocalModel) -
         single(64, 3),
         name="second",
         base=again.path,
+        training={"maxSteps": 2, "learningRate": 1e-5},
+        **fields,
+    )
+    assert second.losses()[0] < 0.5 * first.losses()[0]
+
+
+def test_an_adapter_goes_on_from_an_adapter(tune: Tune) -> None:
+    """Factors and head are kept."""
+    fields: dict[str, Any] = {"classification": {"labels": list(LABELS)}}
+    rate = {"maxSteps": 30, "learningRate": 1e-2}
+    first = tune("sequenceClassification", single(240, 1), name="first", training=rate, **fields, **LORA)
+    source = ModelInput(field="tuner.continueFrom", reference="s3://models/first", path=str(first.folder))
+    second = tune(
+        "sequenceClassification",
+        single(64, 3),
+        name="second",
+        further=[source],
+        tuner={"continueFrom": {"fineTuneJob": {"name": "first"}}},
         training={"maxSteps": 2, "learningRate": 1e-5},
         **fields,
     )

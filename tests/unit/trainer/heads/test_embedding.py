@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+import tokenizers.models
+import tokenizers.pre_tokenizers
+import tokenizers.processors
 import torch
 from peft import PeftModel
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from tests.matrix import proves
-from tests.unit.trainer.heads.conftest import FULL, NOUNS, Rows, Tune, said
+from tests.unit.trainer.heads.conftest import FILLERS, FULL, NOUNS, Rows, Tune, said
 from trimtab_api.v1alpha1.heads import Embedding
 from trimtab_trainer.inputs import LocalModel
 from trimtab_trainer.methods.relating import relation_loss
@@ -83,6 +88,37 @@ def test_an_adapter_opens_in_plain_peft(tune: Tune, local: LocalModel) -> None:
         before = embed_ids(model, Embedding(), batch["input_ids"], batch["attention_mask"])
     assert vectors.shape == (2, 48)
     assert not torch.allclose(vectors, before)
+
+
+def test_an_encoder_reads_what_sentence_transformers_will_give_it(tune: Tune, tmp_path: Path) -> None:
+    """With marks of its own around texts, and texts that are cut: the published vectors are those that were learnt."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted({*FILLERS, *NOUNS})]
+    made = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    marks = [("[CLS]", 2), ("[SEP]", 3)]
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=marks)
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(tmp_path / "bert")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertForMaskedLM(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(tmp_path / "bert")
+    rows = related(32, 1)
+    held_out = [{"anchor": row["anchor"] * 9, "positive": row["positive"]} for row in related(12, 2)]
+    done = tune(
+        "embedding",
+        rows,
+        held_out,
+        base=tmp_path / "bert",
+        embedding={"pooling": "cls", "temperature": 0.2},
+        dataset={"maxLength": 8},
+        training={"maxSteps": 2, "learningRate": 1e-2},
+        **FULL,
+    )
+    opened = SentenceTransformer(str(done.folder), device="cpu")
+    sides = [opened.encode([row[name] for row in held_out], convert_to_tensor=True) for name in ("anchor", "positive")]
+    loss = relation_loss([*sides, sides[0][:0]], torch.ones(12), Embedding(temperature=0.2))
+    assert float(loss) == pytest.approx(done.held_out["loss"], abs=1e-4)
 
 
 @pytest.mark.parametrize("loss", ["cosineSimilarity", "contrastive", "onlineContrastive"])
