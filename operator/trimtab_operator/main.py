@@ -31,7 +31,7 @@ log = logging.getLogger("trimtab")
 HEALTH_PORT = 8080
 METRICS_PORT = 9090
 STUCK_SECONDS = 120.0
-"""A key that is due for longer than this shows that nobody works."""
+"""Keys that are due while none is looked at for longer than this show that nobody works."""
 SETTLING_SECONDS = 0.2
 """The watches list what there is at nearly the same time: one survey is for all of them."""
 
@@ -133,9 +133,9 @@ class Operator:
 
     async def _serve(self, health_port: int, metrics_port: int) -> list[web.AppRunner]:
         async def health(_: web.Request) -> web.Response:
-            oldest = self.queue.oldest
-            if oldest > STUCK_SECONDS:
-                return web.Response(status=503, text=f"the oldest key has been due for {oldest:.0f} s\n")
+            stalled = self.queue.stalled
+            if stalled > STUCK_SECONDS:
+                return web.Response(status=503, text=f"keys are due, and none was looked at for {stalled:.0f} s\n")
             return web.Response(text="ok\n")
 
         async def figures(_: web.Request) -> web.Response:

@@ -52,6 +52,7 @@ class WorkQueue(Generic[K]):
         self._again: dict[K, float] = {}
         self._failures: dict[K, int] = {}
         self._changed = asyncio.Event()
+        self._moved = clock()
 
     def add(self, key: K, after: float = 0.0) -> None:
         """Ask for a look at the key, at the latest after this many seconds. An earlier date wins."""
@@ -102,6 +103,11 @@ class WorkQueue(Generic[K]):
         now = self._clock()
         return max((now - at for at in self._due.values() if at <= now), default=0.0)
 
+    @property
+    def stalled(self) -> float:
+        """Seconds for which keys were due and none was taken or given back. A long queue that moves is no stall."""
+        return min(self.oldest, self._clock() - self._moved)
+
     def _until_next(self) -> float | None:
         while self._heap and self._due.get(self._heap[0][2]) != self._heap[0][0]:
             heapq.heappop(self._heap)  # the key was asked for at an earlier time since
@@ -111,10 +117,12 @@ class WorkQueue(Generic[K]):
         _, _, key = heapq.heappop(self._heap)
         del self._due[key]
         self._running.add(key)
+        self._moved = self._clock()
         return key
 
     def _finish(self, key: K, after: float | None) -> None:
         self._running.discard(key)
+        self._moved = self._clock()
         asked = self._again.pop(key, None)
         if asked is not None:
             self.add(key, max(0.0, asked - self._clock()))

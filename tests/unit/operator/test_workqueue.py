@@ -108,3 +108,19 @@ async def test_depth_and_age_are_of_due_keys(queue: WorkQueue[str], clock: Clock
 @pytest.mark.parametrize(("chance", "delay"), [(0.0, 0.5), (0.5, 1.0), (0.999, 1.499)])
 def test_jitter_spreads_the_delay(chance: float, delay: float) -> None:
     assert Backoff(first=1, cap=8, jitter=0.5).delay(1, chance) == pytest.approx(delay, abs=0.01)
+
+
+async def test_a_long_queue_that_moves_is_no_stall(queue: WorkQueue[str], clock: Clock) -> None:
+    for key in "abc":
+        queue.add(key)
+    for key in "ab":
+        clock.now += 100
+        assert await ready(queue) == key
+        assert queue.stalled == 0
+        queue.done(key)
+    assert queue.oldest == 200
+    clock.now += 130
+    assert queue.stalled == 130
+    queue.done(str(await ready(queue)))
+    clock.now += 130
+    assert queue.stalled == 0, "nothing is due"
