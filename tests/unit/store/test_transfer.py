@@ -249,14 +249,25 @@ def test_a_disk_that_is_too_small_is_said_first(s3: S3, bucket: str, folder: Fol
 def test_a_disk_that_fills_meanwhile_is_said_and_left_clean(
     s3: S3, bucket: str, folder: Folder, small_disk: Path
 ) -> None:
-    publish(s3, folder({"a": bytes(30 << 20)}), f"{bucket}/art", {})
+    publish(s3, folder({str(number): bytes(1 << 16) for number in range(480)}), f"{bucket}/art", {})
 
     def another_writes(done: int, _: int) -> None:
         if not (small_disk / "other").exists():
             (small_disk / "other").write_bytes(bytes(30 << 20))
 
-    with pytest.raises(DiskFull, match="the disk ran full"):
+    with pytest.raises(DiskFull, match=r"into.*: the disk ran full"):
         fetch(s3, f"{bucket}/art", small_disk / "into", progress=another_writes)
+    assert [path.name for path in small_disk.iterdir()] == ["other"]
+
+
+def test_a_disk_that_fills_after_it_was_looked_at(
+    s3: S3, bucket: str, folder: Folder, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(s3, folder({"a": bytes(30 << 20)}), f"{bucket}/art", {})
+    monkeypatch.setattr("trimtab_store.download._check_free", lambda *_: None)
+    (small_disk / "other").write_bytes(bytes(30 << 20))
+    with pytest.raises(DiskFull, match="a: the disk ran full"):
+        fetch(s3, f"{bucket}/art", small_disk / "into")
     assert [path.name for path in small_disk.iterdir()] == ["other"]
 
 
