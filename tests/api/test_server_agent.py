@@ -51,6 +51,8 @@ async def cluster(plane: ControlPlane, api: Any, namespace: str, tmp_path: Path)
     opened = Cluster(plane.server, namespace, tmp_path / "token", plane.authority.certificate)
     yield opened
     await opened.close()
+    # A watch that was cut says goodbye over TLS by itself; aiohttp asks to leave the loop to it for a moment.
+    await asyncio.sleep(0.25)
 
 
 async def eventually(what: str, holds: Callable[[], Any], seconds: float = 20) -> None:
