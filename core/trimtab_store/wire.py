@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
+import weakref
 from collections.abc import Mapping
 from io import BufferedReader
 from typing import NamedTuple
@@ -53,6 +54,8 @@ class Wires:
         self._limits = limits
         self._trust = trust
         self._idle: dict[Origin, list[_Wire]] = {}
+        # As urllib3's pools do: who drops the connection without closing it leaves no open socket.
+        weakref.finalize(self, _hang_up, self._idle)
         self._tls: ssl.SSLContext | None = None
         self._lock = threading.Lock()
 
@@ -71,10 +74,7 @@ class Wires:
     def close(self) -> None:
         """Close what is kept."""
         with self._lock:
-            for wires in self._idle.values():
-                for wire in wires:
-                    wire.close()
-            self._idle.clear()
+            _hang_up(self._idle)
 
     def _keep(self, origin: Origin, wire: _Wire) -> None:
         with self._lock:
@@ -120,6 +120,13 @@ class Wires:
                     self._tls.check_hostname = False
                     self._tls.verify_mode = ssl.CERT_NONE
             return self._tls
+
+
+def _hang_up(idle: dict[Origin, list[_Wire]]) -> None:
+    for wires in idle.values():
+        for wire in wires:
+            wire.close()
+    idle.clear()
 
 
 class _Wire:
