@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -175,6 +177,19 @@ def test_a_connection_that_was_closed_meanwhile_is_not_used_again(script: Callab
     assert s3.get_object("s3://bucket/x") == b"content"
     assert s3.get_object("s3://bucket/x") == b"content", "asked again when it is hung up on"
     assert server.connections == 2
+
+
+def test_who_forgets_to_close_leaves_no_socket_behind(script: Callable[..., tuple[Script, S3]], tmp_path: Path) -> None:
+    server, _ = script(lambda _: (HEAD + "content").encode())
+    place = {"endpoint": f"http://127.0.0.1:{server.port}", "path_style": True}
+    forgotten: S3 | None = connect(Connection(**place, credentials_dir=keys_folder(tmp_path / "keys")))
+    assert forgotten is not None
+    forgotten.get_object("s3://bucket/x")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        forgotten = None
+        gc.collect()
+    assert [str(each.message) for each in said if each.category is ResourceWarning] == []
 
 
 def test_what_is_not_of_the_simplest_form_is_left_to_botocore(script: Callable[..., tuple[Script, S3]]) -> None:
