@@ -9,13 +9,16 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from tests.unit.merge.conftest import Models, logits, peft_logits, quiet
 from trimtab_api.conditions import Reason
 from trimtab_trainer.endings import Fault
+from trimtab_trainer.merge.destination import FolderDestination
 from trimtab_trainer.merge.job import merge
+from trimtab_trainer.merge.verify import Stored
 
 
 class Case(NamedTuple):
@@ -53,6 +56,15 @@ CASES = [
     Case("mixtral's names of old", "mixtral", {"target_modules": ["q_proj", "w1", "w2", "w3"]}),
     Case("qwen3's experts", "qwen3_moe", {"target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]}),
 ]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So small that every tensor is more than one, and every edge is walked."""
+    monkeypatch.setattr("trimtab_trainer.merge.update.BLOCK", 100)
+    monkeypatch.setattr("trimtab_trainer.merge.verify.BLOCK", 150)
+    monkeypatch.setattr("trimtab_trainer.merge.units._PIECE", 700)
+    monkeypatch.setattr("trimtab_trainer.merge.checkpoint.CHUNK", 1000)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -137,6 +149,66 @@ def test_tied_embeddings_that_were_tuned_are_untied(models: Models, tmp_path: Pa
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
     assert torch.equal(tensors["lm_head.weight"], before["model.embed_tokens.weight"])
     assert not torch.equal(tensors["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+
+
+def test_the_check_never_has_a_whole_matrix(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    whole = Stored.whole
+
+    def noted(self: Stored, name: str) -> torch.Tensor:
+        asked.append(name)
+        return whole(self, name)
+
+    monkeypatch.setattr(Stored, "whole", noted)
+    base = models.base()
+    merge(base, [(models.adapter(base, target_modules="all-linear"), 1.0)], tmp_path / "merged")
+    assert asked
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in asked} == {
+        "input_layernorm",
+        "post_attention_layernorm",
+        "norm",
+    }
+
+
+def test_a_model_that_reaches_into_its_matrices_is_checked_too(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reaching(self: LlamaMLP, sample: torch.Tensor) -> torch.Tensor:
+        inner = torch.nn.functional.linear(sample, self.up_proj.weight)
+        return self.down_proj(self.act_fn(self.gate_proj(sample)) * inner)  # type: ignore[no-any-return]
+
+    base = models.base()
+    adapter = models.adapter(base, target_modules=["q_proj", "down_proj"])
+    monkeypatch.setattr(LlamaMLP, "forward", reaching)
+    merge(base, [(adapter, 1.0)], tmp_path / "merged")
+    found = json.loads((tmp_path / "merged/args.json").read_text())["verification"]
+    assert found["maxDifference"] <= found["tolerance"]
+    monkeypatch.setattr("trimtab_trainer.merge.update.Arithmetic.apply", lambda self, base, dtype, **_: base.to(dtype))
+    with pytest.raises(Fault, match="merged logits differ"):
+        merge(base, [(adapter, 1.0)], tmp_path / "wrong")
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "v_proj", "norm", "lm_head"])
+def test_one_wrong_value_in_what_was_written_is_found(
+    name: str, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the check takes in blocks, it takes all of it."""
+    base = models.base()
+    adapter = models.adapter(base)
+    store = FolderDestination.store
+
+    def spoilt(self: FolderDestination, file: str, sha256: str | None) -> Any:
+        path = self.stage / file
+        if file.endswith(".safetensors"):
+            tensors = load_file(path)
+            for key in (key for key in tensors if name in key):
+                tensors[key][..., -1] += 0.5
+            save_file(tensors, path, {"format": "pt"})
+        return store(self, file, sha256)
+
+    monkeypatch.setattr(FolderDestination, "store", spoilt)
+    with pytest.raises(Fault, match="merged logits differ"):
+        merge(base, [(adapter, 1.0)], tmp_path / "merged")
 
 
 def test_a_wrong_result_is_not_published(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

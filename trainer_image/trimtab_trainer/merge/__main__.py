@@ -9,6 +9,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from trimtab_api import contract
 from trimtab_api.conditions import Reason
@@ -17,7 +18,12 @@ from trimtab_api.v1alpha1.mergejob import MergeProgress
 from trimtab_api.v1alpha1.status import Artifact
 from trimtab_trainer import workplace
 from trimtab_trainer.endings import Fault, ending_of
+from trimtab_trainer.merge.imports import leave_out_unused
 from trimtab_trainer.progress import ConfigMapReporter, Reporter, Silent
+
+if TYPE_CHECKING:
+    from trimtab_trainer.merge.job import Outcome
+    from trimtab_trainer.merge.writing import Report
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +62,6 @@ def _in_pod(path: Path) -> tuple[Exit, Ending]:
 
 
 def _merged(config: MergeConfig, work: Path) -> Ending:
-    from trimtab_trainer.export.job import run as export
-    from trimtab_trainer.merge.job import run
-
     work.mkdir(parents=True, exist_ok=True)
     reporter: Reporter = Silent()
     if config.progress_config_map is not None:
@@ -69,7 +72,7 @@ def _merged(config: MergeConfig, work: Path) -> Ending:
         reporter.report(ProgressReport(attempt=0, merge=merge))
 
     try:
-        outcome = run(config, work, report) if config.spec.quantize is None else export(config, work, report)
+        outcome = _outcome(config, work, report)
     finally:
         reporter.close()
     manifest = outcome.manifest
@@ -77,7 +80,19 @@ def _merged(config: MergeConfig, work: Path) -> Ending:
     return Ending(reason=Reason.SUCCEEDED, message=f"published {outcome.uri}", artifact=artifact, pins=outcome.pins)
 
 
+def _outcome(config: MergeConfig, work: Path, report: Report) -> Outcome:
+    if config.spec.quantize is not None:
+        from trimtab_trainer.export.job import run as export
+
+        return export(config, work, report)
+    leave_out_unused()
+    from trimtab_trainer.merge.job import run
+
+    return run(config, work, report)
+
+
 def _by_hand(options: argparse.Namespace) -> int:
+    leave_out_unused()
     from trimtab_trainer.merge.job import merge
 
     def report(done: int, total: int) -> None:
@@ -141,4 +156,8 @@ def _leave(signum: int, frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    # The libraries of GPUs tidy up at a usual exit, whether they were used or not: that would be the peak of memory.
+    os._exit(code)

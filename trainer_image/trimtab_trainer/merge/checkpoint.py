@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 
 from trimtab_api.conditions import Reason
 from trimtab_trainer.endings import Fault
+from trimtab_trainer.merge import memory
 from trimtab_trainer.merge.places import Folder, read_small, wrong_content
 from trimtab_trainer.merge.tensorfile import PREFIX, TensorInfo, header_length, parse_header
 
@@ -21,7 +22,7 @@ CHUNK = 4 << 20
 """Bytes of one request."""
 _AHEAD = 3
 """Requests under way before their bytes are wanted."""
-_KEPT = 2
+_KEPT = 1
 """Chunks of a file that are kept, so that tensors which are wanted together may stand a little apart."""
 _UNHASHED = 8
 """Chunks that wait for an earlier one to be hashed; what comes beyond is read again at the end."""
@@ -39,6 +40,10 @@ class Checkpoint:
         """In the order of files and bytes."""
         self._pool = ThreadPoolExecutor(_AHEAD + 1, thread_name_prefix="read")
         self._files: dict[str, ChunkedFile] = {}
+        self._latest = ""
+        """The file that was read last; it and the one before keep their chunks."""
+        self._sound: set[str] = set()
+        """Files whose content was held against the manifest: they are not hashed again."""
         for name in self._weight_files():
             for tensor in self._header(name):
                 self.tensors[tensor.name] = tensor
@@ -55,8 +60,7 @@ class Checkpoint:
         start = tensor.start + first * stride
         pieces = list(self._file(tensor.file).read(start, (last - first) * stride))
         alone = len(pieces) == 1 and start % tensor.dtype.itemsize == 0
-        content = pieces[0] if alone else bytearray().join(pieces)
-        return as_tensor(content, tensor.dtype, (last - first, *tensor.shape[1:]))
+        return as_tensor(pieces[0] if alone else joined(pieces), tensor.dtype, (last - first, *tensor.shape[1:]))
 
     def pieces(self, tensor: TensorInfo) -> Iterator[memoryview]:
         """A tensor's bytes as they come."""
@@ -69,14 +73,25 @@ class Checkpoint:
         """
         self._file(file).finish()
         self._files.pop(file)
+        self._sound.add(file)
+
+    def rest(self) -> None:
+        """Let go of what was read ahead or is kept, because nothing is wanted for a while."""
+        for file in self._files.values():
+            file.rest()
 
     def close(self) -> None:
         """Stop reading ahead."""
         self._pool.shutdown(cancel_futures=True)
 
     def _file(self, name: str) -> ChunkedFile:
+        if name != self._latest:
+            for other in set(self._files) - {name, self._latest}:
+                self._files[other].rest()
+            self._latest = name
         if name not in self._files:
-            self._files[name] = ChunkedFile(self.folder, name, self._pool)
+            wanted = None if name in self._sound else self.folder.sha256.get(name)
+            self._files[name] = ChunkedFile(self.folder, name, self._pool, wanted)
         return self._files[name]
 
     def _weight_files(self) -> list[str]:
@@ -106,17 +121,17 @@ class Checkpoint:
 class ChunkedFile:
     """One file, read in chunks, ahead of what is asked for, hashed in order when its digest is known."""
 
-    def __init__(self, folder: Folder, name: str, pool: ThreadPoolExecutor):
+    def __init__(self, folder: Folder, name: str, pool: ThreadPoolExecutor, wanted: str | None):
         self._folder = folder
         self._name = name
         self._size = folder.sizes[name]
         self._count = -(-self._size // CHUNK)
         self._pool = pool
-        self._chunks: OrderedDict[int, Future[bytearray]] = OrderedDict()
-        self._wanted = folder.sha256.get(name)
+        self._chunks: OrderedDict[int, Future[memoryview]] = OrderedDict()
+        self._wanted = wanted
         self._sha256 = hashlib.sha256()
         self._hashed = 0
-        self._waiting: dict[int, bytearray] = {}
+        self._waiting: dict[int, memoryview] = {}
         self._lock = threading.Lock()
 
     def read(self, start: int, length: int) -> Iterator[memoryview]:
@@ -124,9 +139,13 @@ class ChunkedFile:
         end = start + length
         while start < end:
             index, offset = divmod(start, CHUNK)
-            piece = memoryview(self._chunk(index))[offset : offset + end - start]
+            piece = self._chunk(index)[offset : offset + end - start]
             start += len(piece)
             yield piece
+
+    def rest(self) -> None:
+        """Let go of the chunks that are kept."""
+        self._chunks.clear()
 
     def finish(self) -> None:
         """Hash what was not yet hashed and compare. Raises Fault(DigestMismatch)."""
@@ -138,7 +157,7 @@ class ChunkedFile:
         if self._sha256.hexdigest() != self._wanted:
             raise wrong_content(self._folder, self._name)
 
-    def _chunk(self, index: int) -> bytearray:
+    def _chunk(self, index: int) -> memoryview:
         for ahead in range(index, min(index + 1 + _AHEAD, self._count)):
             if ahead not in self._chunks:
                 self._chunks[ahead] = self._pool.submit(self._fetch, ahead)
@@ -147,14 +166,14 @@ class ChunkedFile:
             self._chunks.popitem(last=False)
         return self._chunks[index].result()
 
-    def _fetch(self, index: int) -> bytearray:
-        content = bytearray(min(CHUNK, self._size - index * CHUNK))
-        self._folder.read_into(self._name, index * CHUNK, memoryview(content))
+    def _fetch(self, index: int) -> memoryview:
+        content = memory.take(min(CHUNK, self._size - index * CHUNK))
+        self._folder.read_into(self._name, index * CHUNK, content)
         if self._wanted is not None:
             self._hash(index, content)
         return content
 
-    def _hash(self, index: int, content: bytearray) -> None:
+    def _hash(self, index: int, content: memoryview) -> None:
         # Chunks arrive in any order and from several threads; the digest wants them in one.
         with self._lock:
             if index == self._hashed or (index > self._hashed and len(self._waiting) < _UNHASHED):
@@ -162,6 +181,16 @@ class ChunkedFile:
             while self._hashed in self._waiting:
                 self._sha256.update(self._waiting.pop(self._hashed))
                 self._hashed += 1
+
+
+def joined(pieces: Sequence[memoryview]) -> memoryview:
+    """The bytes of the pieces in one."""
+    whole = memory.take(sum(len(piece) for piece in pieces))
+    start = 0
+    for piece in pieces:
+        whole[start : start + len(piece)] = piece
+        start += len(piece)
+    return whole
 
 
 def as_tensor(content: bytes | bytearray | memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

@@ -37,12 +37,13 @@ from trimtab_trainer.merge.destination import (
     S3Destination,
 )
 from trimtab_trainer.merge.lineage import base_of, recorded_base
+from trimtab_trainer.merge.memory import steady_memory
 from trimtab_trainer.merge.places import Folder, LocalFolder, open_folder, read_small
 from trimtab_trainer.merge.tensorfile import DTYPES
 from trimtab_trainer.merge.units import Plan, plan
 from trimtab_trainer.merge.update import Change
 from trimtab_trainer.merge.verify import Verdict, verify
-from trimtab_trainer.merge.writing import Report, steady_memory, write
+from trimtab_trainer.merge.writing import Report, write
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,12 @@ from typing import Protocol, TypeAlias
 import torch
 
 from trimtab_trainer.merge.architecture import Architecture, Conversion, Group, Names
-from trimtab_trainer.merge.checkpoint import CHUNK, SINGLE, Checkpoint
+from trimtab_trainer.merge.checkpoint import SINGLE, Checkpoint
 from trimtab_trainer.merge.tensorfile import TensorInfo, build_header
 from trimtab_trainer.merge.update import Arithmetic, Change, cast, is_transposed
+
+_PIECE = 1 << 20
+"""Bytes of the base that are changed at a time; some of them wait to be written."""
 
 Piece: TypeAlias = memoryview | torch.Tensor
 """Some of a tensor's bytes."""
@@ -73,7 +76,9 @@ class Plain:
     def _blocks(self) -> Iterator[tuple[int, int]]:
         shape = self.source.shape
         whole = len(shape) < 2 or is_transposed(self.changes)
-        height = max(1, shape[0] if whole and shape else CHUNK * (shape[0] if shape else 1) // max(1, self.source.size))
+        height = max(
+            1, shape[0] if whole and shape else _PIECE * (shape[0] if shape else 1) // max(1, self.source.size)
+        )
         for first in range(0, shape[0] if shape else 1, height):
             yield first, min(first + height, shape[0] if shape else 1)
 

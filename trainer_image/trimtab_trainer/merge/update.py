@@ -10,8 +10,9 @@ import torch
 
 from trimtab_api.conditions import Reason
 from trimtab_trainer.endings import Fault
+from trimtab_trainer.merge import memory
 
-BLOCK = 1 << 20
+BLOCK = 1 << 18
 """Elements of a block: small enough to stay in the processor's caches between the steps."""
 
 Step = Callable[[torch.Tensor, int, int, int], None]
@@ -192,7 +193,7 @@ class Arithmetic:
 
         Raises Fault(AssertionFailed) for a result that is not finite.
         """
-        outcome = torch.empty(base.shape, dtype=dtype)
+        outcome = memory.empty(tuple(base.shape), dtype)
         sources, targets = as_planes(base, self.transposed), as_planes(outcome, self.transposed)
         for index, first, last in _blocks(sources):
             source, target = sources[index, first:last], targets[index, first:last]
@@ -202,13 +203,13 @@ class Arithmetic:
         return outcome
 
     def _changed(self, source: torch.Tensor, plane: int, first: int, last: int) -> torch.Tensor:
-        block = _scratch(0, source)
+        block = as_float32(0, source)
         if len(self._chains) == 1 and self._chains[0][0] == 1:
             _run(self._chains[0][1], block, plane, first, last)
             return block
         # Every change starts from the base: their differences from it add up.
         for weight, steps in self._chains:
-            changed, base = _scratch(1, source), _scratch(2, source)
+            changed, base = as_float32(1, source), as_float32(2, source)
             _run(steps, changed, plane, first, last)
             block.add_(changed.sub_(base), alpha=weight)
         return block
@@ -227,10 +228,12 @@ def is_finite(tensor: torch.Tensor) -> bool:
 _BUFFERS: dict[int, torch.Tensor] = {}
 
 
-def _scratch(number: int, source: torch.Tensor) -> torch.Tensor:
+def as_float32(number: int, source: torch.Tensor) -> torch.Tensor:
     """The source in float32, in a buffer that the next block takes again: fresh memory costs more than the sums."""
     if number not in _BUFFERS or _BUFFERS[number].numel() < source.numel():
-        _BUFFERS[number] = torch.empty(source.numel())
+        # One made for inference could not be written into outside of it.
+        with torch.inference_mode(mode=False):
+            _BUFFERS[number] = torch.empty(source.numel())
     return _BUFFERS[number][: source.numel()].view(source.shape).copy_(source)
 
 

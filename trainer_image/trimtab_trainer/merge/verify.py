@@ -1,7 +1,8 @@
 """The check at the end: base and adapters together must answer as the merged model does.
 
-Both run in float32 from what is in storage, a layer at a time: a layer's weights are there only while it computes.
-So the check needs the memory of one layer, whatever the size of the model, and sees what was really written.
+Both run in float32 from what is in storage. A plain matrix is there a block of rows at a time, while it is multiplied
+with; what else a layer has is there while the layer computes. So the check needs a few megabytes, or the memory of a
+layer's experts, whatever the size of the model, and sees what was really written.
 """
 
 from __future__ import annotations
@@ -10,19 +11,22 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn import functional
 
 from trimtab_api.conditions import Reason
 from trimtab_trainer.endings import Fault
+from trimtab_trainer.merge import memory
 from trimtab_trainer.merge.adapter import Adapter, overlay
 from trimtab_trainer.merge.architecture import Architecture, Conversion, Names
 from trimtab_trainer.merge.checkpoint import Checkpoint
-from trimtab_trainer.merge.update import Arithmetic, Change, LowRank
+from trimtab_trainer.merge.update import BLOCK, Arithmetic, Change, LowRank, as_float32, is_transposed
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +38,20 @@ _ROUNDINGS = 24
 _FLOAT32_FLOOR = 2e-5
 """Smallest relative tolerance: what the order of float32 sums makes of equal weights."""
 
-Provider = Callable[[str], torch.Tensor]
-"""The float32 value of a parameter by its name at run time."""
+_SCRATCH = 3
+"""The buffer of blocks; the arithmetic has those before it."""
+
+
+class Values(Protocol):
+    """The float32 values of parameters, by their names at run time."""
+
+    def whole(self, name: str) -> torch.Tensor:
+        """The parameter."""
+        ...
+
+    def blocks(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """Its rows in turn, each block with the number of its first row: use it before the next is taken."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -62,8 +78,8 @@ class Verdict:
         }
 
 
-class Values:
-    """Parameters of a checkpoint, one at a time."""
+class Stored:
+    """The parameters of a checkpoint."""
 
     def __init__(self, architecture: Architecture, checkpoint: Checkpoint):
         self.names = Names(architecture, checkpoint.tensors)
@@ -71,8 +87,8 @@ class Values:
         self._checkpoint = checkpoint
         self._latest: dict[str, torch.Tensor] = {}
 
-    def __call__(self, name: str) -> torch.Tensor:
-        """The parameter in float32."""
+    def whole(self, name: str) -> torch.Tensor:
+        """See Values."""
         source = self.names.source_of(name)
         group = self.names.groups[source]
         if group.converter is None:
@@ -85,6 +101,44 @@ class Values:
             }
             self._latest = Conversion(self._architecture, group).to_runtime(tensors)
         return self._latest.pop(source).float()
+
+    def blocks(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """See Values."""
+        group = self.names.group_of(name)
+        info = self._checkpoint.tensors[group.names[0]]
+        if group.converter is not None or len(info.shape) != 2:
+            yield 0, self.whole(name)
+            return
+        rows, columns = info.shape
+        height = max(1, BLOCK // max(1, columns))
+        for first in range(0, rows, height):
+            yield first, as_float32(_SCRATCH, self._checkpoint.rows(info, first, min(first + height, rows)))
+
+
+class Changed:
+    """The parameters of a checkpoint after the changes, in float32."""
+
+    def __init__(self, base: Values, changes: Mapping[str, Sequence[Change]]):
+        self._base = base
+        self._changes = changes
+
+    def whole(self, name: str) -> torch.Tensor:
+        """See Values."""
+        base = self._base.whole(name)
+        changes = self._changes.get(name)
+        return Arithmetic(name, changes).apply(base, torch.float32) if changes else base
+
+    def blocks(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """See Values."""
+        changes = self._changes.get(name)
+        if not changes:
+            yield from self._base.blocks(name)
+        elif is_transposed(changes):
+            yield 0, self.whole(name)
+        else:
+            arithmetic = Arithmetic(name, changes)
+            for first, rows in self._base.blocks(name):
+                yield first, arithmetic.apply(rows, torch.float32, row=first)
 
 
 def verify(
@@ -100,15 +154,17 @@ def verify(
 
     Raises Fault(AssertionFailed) when they differ by more, or are not numbers.
     """
+    memory.release()
     tokens = _tokens(architecture)
     reason = _not_through_peft(adapters, changes)
-    values = Values(architecture, base)
+    stored = Stored(architecture, base)
     with torch.inference_mode():
         if reason is None:
-            wanted = _logits(_unmerged(architecture, adapters), values, tokens)
+            wanted = _logits(_unmerged(architecture, adapters), stored, tokens)
         else:
-            wanted = _logits(architecture.empty(), _changed(values, changes), tokens)
-        found = _logits(merged_architecture.empty(), Values(merged_architecture, merged), tokens)
+            wanted = _logits(architecture.empty(), Changed(stored, changes), tokens)
+        base.rest()
+        found = _logits(merged_architecture.empty(), Stored(merged_architecture, merged), tokens)
     verdict = _compare(wanted, found, merged, tolerance, "peft" if reason is None else f"weights: {reason}")
     log.info("logits differ by %.3g of %.3g allowed (%s)", verdict.difference, verdict.tolerance, verdict.method)
     return verdict
@@ -121,7 +177,9 @@ def _compare(
     dtypes = {info.dtype for info in merged.tensors.values() if info.dtype.is_floating_point}
     rounding = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
     tolerance = given if given is not None else spread * max(_ROUNDINGS * rounding, _FLOAT32_FLOOR)
-    difference = float((wanted - found).abs().max())
+    # A sequence at a time, for the memory; a maximum of torch keeps what is no number.
+    largest = [(one - other).abs().max() for one, other in zip(wanted, found, strict=True)]
+    difference = float(torch.stack(largest).max())
     verdict = Verdict(method, difference, tolerance, spread)
     if not math.isfinite(difference) or difference > tolerance:
         problem = (
@@ -161,14 +219,6 @@ def _unmerged(architecture: Architecture, adapters: Sequence[tuple[Adapter, floa
     return model
 
 
-def _changed(values: Values, changes: Mapping[str, Sequence[Change]]) -> Provider:
-    def value(name: str) -> torch.Tensor:
-        base = values(name)
-        return Arithmetic(name, changes[name]).apply(base, torch.float32) if changes.get(name) else base
-
-    return value
-
-
 def _tokens(architecture: Architecture) -> torch.Tensor:
     """A sample that every run draws alike, without the tokens that stand for pictures and sounds."""
     text = architecture.config.get_text_config()
@@ -186,36 +236,109 @@ def _tokens(architecture: Architecture) -> torch.Tensor:
     return usable[drawn]
 
 
-def _logits(model: nn.Module, values: Provider, tokens: torch.Tensor) -> torch.Tensor:
-    handles = [handle for unit in _layers(model) for handle in _lend(model, unit, values)]
+def _logits(model: nn.Module, values: Values, tokens: torch.Tensor) -> torch.Tensor:
     try:
-        outcome: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
+        return _run(model, values, tokens, _streamable(model))
+    except (RuntimeError, TypeError, AttributeError) as error:
+        # A model that reaches into its matrices by itself must have them whole.
+        log.info("the check takes whole layers (%s: %s)", type(error).__name__, error)
+    try:
+        return _run(model, values, tokens, {})
     except (NotImplementedError, TypeError, AttributeError) as error:
         raise _not_runnable(f"{type(error).__name__}: {error}") from error
+
+
+def _run(model: nn.Module, values: Values, tokens: torch.Tensor, streamed: Mapping[nn.Module, str]) -> torch.Tensor:
+    """The logits, with the weights lent. Raises what the model raises."""
+    paths = {module: path for path, module in model.named_modules()}
+    withheld = [
+        (module, key, parameter)
+        for module in paths
+        for key, parameter in module._parameters.items()
+        if parameter is not None and parameter.is_meta
+    ]
+    handles: list[Any] = []
+    try:
+        for module, path in streamed.items():
+            module.forward = _streaming(module, path, values)
+        handles += [handle for unit in _layers(model) for handle in _lend(unit, paths, values, streamed)]
+        # A product with a matrix that has no content was seen to give whatever stood in memory, and no error.
+        for module, key, _ in withheld:
+            del module._parameters[key]
+        outcome: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
     finally:
+        for module in streamed:
+            # An attribute of the module hides the method of its class.
+            module.__dict__.pop("forward", None)
         for handle in handles:
             handle.remove()
+        for module, key, parameter in withheld:
+            module._parameters[key] = parameter
     return outcome.float()
 
 
-def _lend(model: nn.Module, unit: nn.Module, values: Provider) -> list[Any]:
+def _streamable(model: nn.Module) -> dict[nn.Module, str]:
+    """The modules whose matrix can come a block of rows at a time, by their paths: nobody else looks at it."""
+    whole = {id(child) for module in model.modules() if _needs_whole(module) for child in module.modules()}
+    return {
+        module: path
+        for path, module in model.named_modules()
+        if type(module) in (nn.Linear, nn.Embedding) and module.weight.is_meta and id(module) not in whole
+    }
+
+
+def _needs_whole(module: nn.Module) -> bool:
+    """What PEFT put here computes with the matrix of the module within."""
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return True
+    return isinstance(module, BaseTunerLayer) and not (
+        type(module) in (lora.Linear, lora.Embedding) and not module.lora_variant
+    )
+
+
+def _streaming(module: nn.Module, path: str, values: Values) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The forward of a linear layer or an embedding that never has its whole matrix."""
+    name = _base_name(f"{path}.weight")
+    bias = module._parameters.get("bias")
+
+    def linear(sample: torch.Tensor) -> torch.Tensor:
+        outcome = sample.new_empty((*sample.shape[:-1], module.out_features))
+        for first, rows in values.blocks(name):
+            outcome[..., first : first + len(rows)] = functional.linear(sample, rows)
+        if bias is None:
+            return outcome
+        return outcome.add_(values.whole(_base_name(f"{path}.bias")) if bias.is_meta else bias)
+
+    def embedding(numbers: torch.Tensor) -> torch.Tensor:
+        outcome = torch.empty((*numbers.shape, module.embedding_dim))
+        for first, rows in values.blocks(name):
+            here = (numbers >= first) & (numbers < first + len(rows))
+            outcome[here] = rows[numbers[here] - first]
+        return outcome
+
+    return linear if isinstance(module, nn.Linear) else embedding
+
+
+def _lend(
+    unit: nn.Module, paths: Mapping[nn.Module, str], values: Values, streamed: Mapping[nn.Module, str]
+) -> list[Any]:
     """Give a module its weights when it begins and take them away when it has ended."""
-    names = {id(module): path for path, module in model.named_modules()}
     places = [
-        (module, key, parameter, f"{names[id(module)]}.{key}".removeprefix("."))
+        (module, key, f"{paths[module]}.{key}".removeprefix("."))
         for module in unit.modules()
+        if module not in streamed
         for key, parameter in module._parameters.items()
         if parameter is not None and parameter.is_meta
     ]
 
     def begin(*_: object) -> None:
-        for module, key, _parameter, path in places:
+        for module, key, path in places:
             if not _idle(path):
-                module._parameters[key] = nn.Parameter(values(_base_name(path)), requires_grad=False)
+                module._parameters[key] = nn.Parameter(values.whole(_base_name(path)), requires_grad=False)
 
     def end(*_: object) -> None:
-        for module, key, parameter, _path in places:
-            module._parameters[key] = parameter
+        for module, key, _path in places:
+            module._parameters.pop(key, None)
 
     return [unit.register_forward_pre_hook(begin), unit.register_forward_hook(end, always_call=True)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import logging
 from collections import deque
@@ -19,8 +18,6 @@ from trimtab_trainer.merge.units import Piece, Plan, Shard, place
 
 log = logging.getLogger(__name__)
 
-_M_MMAP_THRESHOLD = -3
-"""malloc.h's name for the size from which memory is mapped by itself."""
 _BEHIND = 4
 """Pieces that may wait to be written: they bound the memory."""
 
@@ -57,16 +54,6 @@ def write(plan: Plan, base: Checkpoint, destination: Destination, partial: Parti
         writer.close()
         storage.close()
         torch.set_num_threads(threads)
-
-
-def steady_memory() -> None:
-    """Have the C library give large blocks back when they are freed.
-
-    Left to itself glibc raises its threshold and keeps them in one arena for each thread: a quarter of a gigabyte.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 class _Storage:
