@@ -84,7 +84,6 @@ def timed(operator: OperatorProcess, api: Api, stage: Training, jobs: int, sampl
     assert operator.process is not None
     process = psutil.Process(operator.process.pid)
     rest = at_rest(process)  # before the timed jobs, whose pods never come and are looked for
-    api.close()  # the server has given up a connection that was idle so long
     delays = sorted(delay(Training(api, "timed"), f"timed-{number:03}") for number in range(samples))
     memory = process.memory_info().rss / 2**20
     return [

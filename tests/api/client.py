@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import ssl
+import time
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode, urlsplit
@@ -12,6 +13,8 @@ from urllib.parse import urlencode, urlsplit
 from lab.controlplane import ControlPlane
 
 GROUP = "/apis/trimtab.dev/v1alpha1"
+IDLE_SECONDS = 30.0
+"""A connection that rested for longer is not used again: the server gives idle ones up after a while."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Api:
         self._tls.load_cert_chain(pair.certificate, pair.key)
         self._host = urlsplit(plane.server).netloc
         self._connection: http.client.HTTPSConnection | None = None
+        self._used = 0.0
 
     def request(
         self,
@@ -58,6 +62,9 @@ class Api:
     ) -> Answer:
         headers = {"Content-Type": kind, "Accept": accept}
         data = None if body is None else json.dumps(body)
+        if time.monotonic() - self._used > IDLE_SECONDS:
+            self.close()
+        self._used = time.monotonic()
         if self._connection is None:
             self._connection = http.client.HTTPSConnection(self._host, timeout=30, context=self._tls)
         try:
