@@ -20,6 +20,8 @@ Object = Mapping[str, Any]
 
 NEVER = datetime.max.replace(tzinfo=UTC)
 """Later than every moment."""
+CONFIRMING_SECONDS = 30.0
+"""Longest time from the end of a pod that was told to leave until its kubelet confirms it, its volumes being off."""
 SIGKILL = 137
 SIGTERM = 143
 
@@ -117,7 +119,7 @@ def _reason(pod: Object, container: str, code: int | None, ending: Ending | None
         return Reason.PREEMPTED
     if code == Exit.OK and ending is not None:
         return ending.reason
-    if _left_when_told(pod, container):
+    if left_when_told(pod, container):
         return Reason.PREEMPTED
     if code == Exit.STALLED:
         return Reason.STALLED
@@ -128,10 +130,17 @@ _DISRUPTED = ("Evicted", "Preempting", "NodeLost", "Shutdown", "Terminated")
 """Reasons of a pod's status that say that its node wanted it gone."""
 
 
-def _left_when_told(pod: Object, container: str) -> bool:
-    """It was told to leave before its process ended."""
+def left_when_told(pod: Object, container: str) -> bool:
+    """It was told to leave before its process ended.
+
+    A kubelet confirms an end by deleting the pod once more without grace, which moves the moment of its deletion
+    behind the end of its process: what was deleted so soon after its end was told before.
+    """
     told, finished = told_to_leave(pod), finished_at(pod, container)
-    return told is not None and (finished is None or told <= finished)
+    if told is None or finished is None or told <= finished:
+        return told is not None
+    without_grace = pod["metadata"].get("deletionGracePeriodSeconds") == 0
+    return without_grace and (told - finished).total_seconds() <= CONFIRMING_SECONDS
 
 
 def told_to_leave(pod: Object) -> datetime | None:

@@ -48,13 +48,15 @@ class Training(Stage):
         pod = self.pod_of(job, _pod_name(job), job["spec"]["template"])
         self.end(pod, code, ending or {"reason": "InputsSound", "message": "4 rows are sound", "rows": 4})
 
-    def gang(self, name: str, attempt: int = 1, deadline: float = 20.0) -> list[Object]:
-        """The pods of an attempt, running."""
+    def gang(self, name: str, attempt: int = 1, deadline: float = 20.0, node: str | None = None) -> list[Object]:
+        """The pods of an attempt, running. On a node they leave with grace, and stay until the kubelet confirms it."""
         job = self.until_there("PyTorchJob", f"{name}-{attempt}", deadline)
         pods = []
         for kind, replica in job["spec"]["pytorchReplicaSpecs"].items():
             for number in range(replica.get("replicas", 1)):
-                pods.append(self.pod_of(job, f"{name}-{attempt}-{kind.lower()}-{number}", replica["template"]))
+                template = replica["template"]
+                placed = {**template, "spec": {**template["spec"], **({"nodeName": node} if node else {})}}
+                pods.append(self.pod_of(job, f"{name}-{attempt}-{kind.lower()}-{number}", placed))
         for pod in pods:
             self.run(pod)
         return pods
@@ -69,10 +71,14 @@ class Training(Stage):
         self._container(pod, "Running", {"running": {"startedAt": now()}})
 
     def end(self, pod: Object, code: int, ending: Object | None = None) -> None:
+        """The pod's process ends; of a pod that was told to leave, the kubelet confirms that by deleting it again."""
         state = {"exitCode": code, "finishedAt": now(), "startedAt": now(), "reason": "Error" if code else "Completed"}
         if ending is not None:
             state["message"] = json.dumps(ending)
         self._container(pod, "Failed" if code else "Succeeded", {"terminated": state})
+        name = pod["metadata"]["name"]
+        if "deletionTimestamp" in (self.get("Pod", name) or pod)["metadata"]:
+            self.api.request("DELETE", self.path("Pod", name), {"gracePeriodSeconds": 0})
 
     def succeed(self, pod: Object, uri: str, step: int = 10) -> None:
         artifact = {"uri": uri, "digest": DIGEST, "kind": "adapter"}

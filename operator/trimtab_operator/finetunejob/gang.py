@@ -7,7 +7,7 @@ what may only follow from another's end, and among those the first in time leads
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 from trimtab_api.conditions import Reason
 from trimtab_operator import trouble
@@ -77,22 +77,26 @@ def queued(gang: Object | None) -> bool:
 
 
 def evicted(pod: Object, gang: Object | None) -> bool:
-    """The queue took the pod's place away: its leaving ends nothing, as another pod takes its place."""
-    told, finished = trouble.told_to_leave(pod), trouble.finished_at(pod, build.CONTAINER)
-    if told is None or (finished is not None and finished < told):
+    """The queue took the pod's place away: its leaving ends nothing, as another pod takes its place.
+
+    What had ended before the queue held the gang had ended by itself.
+    """
+    if trouble.told_to_leave(pod) is None:
         return False
-    return queued(gang) or trouble.moment(pod["metadata"]["creationTimestamp"]) < _resumed_at(gang)
+    if not queued(gang):
+        resumed = _since(gang, "False")
+        return resumed is not None and trouble.moment(pod["metadata"]["creationTimestamp"]) < resumed
+    held, finished = _since(gang, "True"), trouble.finished_at(pod, build.CONTAINER)
+    if held is None or finished is None:
+        return trouble.left_when_told(pod, build.CONTAINER)
+    return finished >= held
 
 
-def _resumed_at(gang: Object | None) -> datetime:
-    """When the queue last let the gang run; the dawn of time when it never held it."""
+def _since(gang: Object | None, suspended: str) -> datetime | None:
+    """Since when training-operator sees the gang held by its queue, or let run by it; None when it does not."""
     conditions = ((gang or {}).get("status") or {}).get("conditions") or []
-    resumed = [each for each in conditions if each.get("type") == "Suspended" and each.get("status") == "False"]
-    moments = [trouble.moment(each["lastTransitionTime"]) for each in resumed if each.get("lastTransitionTime")]
-    return max(moments, default=_DAWN)
-
-
-_DAWN = datetime.min.replace(tzinfo=UTC)
+    told = [each for each in conditions if each.get("type") == "Suspended" and each.get("status") == suspended]
+    return max((trouble.moment(each["lastTransitionTime"]) for each in told), default=None)
 
 
 def assembling_since(pods: Sequence[Object], attempt_start: str) -> datetime:

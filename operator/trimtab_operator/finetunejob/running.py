@@ -34,8 +34,9 @@ def watch(seen: Seen, now: datetime) -> Plan:
         return leave(Reason.DEADLINE_EXCEEDED, facts.too_late(seen))
     if ends and (refusal := _success_without_artifact(seen, ends)):
         return leave(Reason.CRASHED, refusal)
-    if gang.has_condition(seen.gang, "Failed") and not any(trouble.running(pod) for pod in seen.pods):
-        return leave(Reason.PREEMPTED, f"PyTorchJob {name} failed and its pods are gone")
+    if gang.has_condition(seen.gang, "Failed") and not any(trouble.running(pod) for pod in seen.members):
+        why = "its queue let it run while pods were leaving" if seen.evicted else "its pods are gone"
+        return leave(Reason.PREEMPTED, f"PyTorchJob {name} failed: {why}")
     if not gang.complete(seen.members, seen.job.spec.distributed.nodes):
         return assemble(seen, now)
     if (silent := _silence(seen, now)) > seen.job.spec.hang_timeout_seconds:

@@ -371,6 +371,19 @@ def test_the_earliest_end_is_the_cause() -> None:
     assert decided.status["failures"] == 1
 
 
+@pytest.mark.parametrize(("moved", "reason"), [(None, "Preempted"), (1, "Preempted"), (120, "Crashed")])
+def test_a_pod_that_was_told_to_leave_is_preempted_though_its_kubelet_deletes_it_again(
+    moved: float | None, reason: str
+) -> None:
+    """The second deletion is without grace, and its moment lies behind the end of the process. What ended long before
+    anybody deleted it had crashed."""
+    story = Story().attempt(1, -600).runs(main(137, seconds=-200))
+    grace = {"deletionTimestamp": at(-200), "deletionGracePeriodSeconds": 300}
+    again = {"deletionTimestamp": at(-200 + (moved or 0)), "deletionGracePeriodSeconds": 0}
+    story.pods[0]["metadata"] |= grace if moved is None else again
+    assert attempts(plan(story.seen(), NOW))[0]["reason"] == reason
+
+
 def test_an_ended_attempt_lets_its_evidence_go_only_with_the_status_that_tells_of_it() -> None:
     story = Story().attempt(1).runs(main(Exit.STORAGE_FAILED, said(Reason.STORAGE_FAILED)))
     decided = plan(story.seen(), NOW)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
+
+import pytest
 
 from tests.unit.operator.makers import (
     NOW,
@@ -27,10 +30,12 @@ from trimtab_operator.plan import Plan
 SAVED = Ending(reason=Reason.PREEMPTED, message="step 7 is saved", step=7)
 
 
-def held(story: Story) -> Story:
-    """The queue holds the gang."""
+def held(story: Story, seconds: float | None = None) -> Story:
+    """The queue holds the gang; training-operator saw it so many seconds ago, or has not yet."""
     assert story.gang is not None
-    story.gang["spec"] = {"runPolicy": {"suspend": True}}
+    told = {"type": "Suspended", "status": "True", "lastTransitionTime": at(seconds or 0)}
+    conditions = [] if seconds is None else [told]
+    story.gang |= {"spec": {"runPolicy": {"suspend": True}}, "status": {"conditions": conditions}}
     return story
 
 
@@ -45,6 +50,12 @@ def resumed(story: Story, seconds: float) -> Story:
 def leaving(pod: dict[str, Any], told: float = -10) -> dict[str, Any]:
     """The pod was deleted so many seconds ago, with its grace period."""
     pod["metadata"] |= {"deletionTimestamp": at(told + 300), "deletionGracePeriodSeconds": 300}
+    return pod
+
+
+def confirmed(pod: dict[str, Any], seconds: float = -1) -> dict[str, Any]:
+    """Its kubelet has seen its end, and deleted it once more without grace: that moves the moment of its deletion."""
+    pod["metadata"] |= {"deletionTimestamp": at(seconds), "deletionGracePeriodSeconds": 0}
     return pod
 
 
@@ -94,10 +105,12 @@ def test_pods_that_the_queue_sends_away_end_nothing_and_are_waited_for() -> None
     assert (released(decided), decided.delete) == ([], ())
 
 
-def test_their_evidence_is_let_go_and_their_last_step_is_kept() -> None:
-    story = held(Story(spec={"retries": {"limit": 0, "preemptions": 0}}).attempt(1))
-    story.runs(terminated("pytorch", Exit.PREEMPTED, SAVED))
-    leaving(story.pods[0])
+@pytest.mark.parametrize("seen", [-10, None], ids=["training-operator has seen it", "it has not yet"])
+@pytest.mark.parametrize("mark", [leaving, confirmed])
+def test_their_evidence_is_let_go_and_their_last_step_is_kept(mark: Callable[..., Any], seen: float | None) -> None:
+    story = held(Story(spec={"retries": {"limit": 0, "preemptions": 0}}).attempt(1), seen)
+    story.runs(terminated("pytorch", Exit.PREEMPTED, SAVED, -3))
+    mark(story.pods[0])
     decided = plan(story.seen(), NOW)
     assert leading(decided) == ("Unknown", "Queued")
     assert released(decided) == ["job-1-master-0"]
@@ -132,11 +145,24 @@ def test_a_drained_pod_of_this_admission_ends_the_attempt() -> None:
     assert decided.status["preemptions"] == 1
 
 
-def test_what_failed_before_the_queue_took_its_place_is_a_failure() -> None:
-    failed = terminated("pytorch", Exit.OUT_OF_MEMORY, Ending(reason=Reason.OUT_OF_MEMORY, message="too big"), -20)
-    story = held(Story().attempt(1).runs(failed))
-    leaving(story.pods[0], -10)
+@pytest.mark.parametrize("seen", [-10, None], ids=["training-operator has seen it", "it has not yet"])
+def test_what_failed_before_the_queue_took_its_place_is_a_failure(seen: float | None) -> None:
+    failed = terminated("pytorch", Exit.OUT_OF_MEMORY, Ending(reason=Reason.OUT_OF_MEMORY, message="too big"), -50)
+    story = held(Story().attempt(1).runs(failed), seen)
+    confirmed(story.pods[0], -10)
     assert attempt(plan(story.seen(), NOW))["reason"] == "OutOfMemory"
+
+
+def test_a_gang_that_runs_again_while_its_pods_leave_fails_and_is_made_anew() -> None:
+    """training-operator takes a pod that leaves for one that failed."""
+    story = resumed(Story(spec={"retries": {"limit": 0}}).attempt(1).runs(RUNNING), -5)
+    leaving(story.pods[0])
+    assert story.gang is not None
+    story.gang["status"]["conditions"].append({"type": "Failed", "status": "True"})
+    decided = plan(story.seen(), NOW)
+    assert leading(decided) == ("Unknown", "Restarting")
+    assert "while pods were leaving" in message(decided)
+    assert attempt(decided)["reason"] == "Preempted"
 
 
 def test_what_published_on_its_way_out_has_succeeded() -> None:
