@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from trimtab_api.v1alpha1 import combinations
 from trimtab_api.v1alpha1.finetunejob import FineTuneJobSpec
 from trimtab_api.v1alpha1.model import Scratch
 from trimtab_api.v1alpha1.progress import ResolvedFineTune
@@ -86,7 +87,7 @@ def strategy(spec: FineTuneJobSpec, tuner: str, world: int) -> ResolvedStrategy:
         return asked if asked in ("zero1", "zero2", "zero3") and _offloads(spec) else "none"
     if asked != "auto":
         return asked
-    if spec.training.optimizer != "adamw" or spec.method not in ("pretrain", "sft"):
+    if spec.training.optimizer != "adamw" or spec.method not in combinations.SPREAD:
         return "ddp"
     if tuner != "full" or (spec.model.scratch is not None and scratch_weights(spec.model.scratch) <= SMALL_SCRATCH):
         return "ddp"

@@ -359,10 +359,13 @@ HEADS = (
 )
 """Models that answer with numbers."""
 
+QUANTIZABLE = ("pretrain", "sft")
+"""Methods that are proven on quantised weights."""
+
 QUANTIZED = (
     Rule(
-        f"!has(self.model.quantization) || {_LANGUAGE}",
-        "remove it, or set method: sft or pretrain: with the other methods quantised weights are not proven",
+        f"!has(self.model.quantization) || self.method in {list(QUANTIZABLE)}",
+        f"remove it, or set method to one of {', '.join(QUANTIZABLE)}: with the others quantised weights are not proven",
         field_path=".model.quantization",
     ),
     Rule(
@@ -408,10 +411,13 @@ QUANTIZED = (
 )
 """Weights that are quantised as they are loaded."""
 
+SPREAD = ("pretrain", "sft")
+"""Methods that are proven with every strategy; what one of them cannot do all the same is a rule of its own."""
+
 PARALLEL = (
     Rule(
-        f"{_LANGUAGE} || self.distributed.strategy in ['auto', 'ddp']",
-        "must be auto or ddp, or method sft or pretrain: with the other methods only ddp is proven",
+        f"self.method in {list(SPREAD)} || self.distributed.strategy in ['auto', 'ddp']",
+        f"must be auto or ddp, or method one of {', '.join(SPREAD)}: with the others only ddp is proven",
         field_path=".distributed.strategy",
     ),
     Rule(
