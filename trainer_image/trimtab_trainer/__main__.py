@@ -10,6 +10,7 @@ from trimtab_api.contract import Exit, RankResult, RunConfig
 from trimtab_trainer import results, workplace
 from trimtab_trainer.distributed import Group, Place
 from trimtab_trainer.endings import ending_of
+from trimtab_trainer.imports import leave_out, unused
 from trimtab_trainer.inputs import uses_hub
 from trimtab_trainer.notice import Notice
 from trimtab_trainer.progress import ConfigMapReporter, MetricsReporter, Reporter, Several, Silent
@@ -60,6 +61,7 @@ def main() -> int:
     try:
         config = RunConfig.model_validate_json(workplace.run_file().read_text())
         workplace.prepare(workplace.work_root(), uses_hub(config), config.spec.dataset.workers)
+        leave_out(unused(config))
         result = run_rank(config, place, notice, _bar if watched else lambda: cluster_reporter(config))
     except Exception as error:  # noqa: BLE001 - the door: every ending becomes a result
         code, ending = ending_of(error)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.unit.merge.conftest import Models
+from trimtab_trainer.imports import UNUSED_BY_MERGES
 from trimtab_trainer.merge import memory
-from trimtab_trainer.merge.imports import UNUSED
 
 SIZE = 3 << 20
 
@@ -72,9 +72,9 @@ def test_a_merge_needs_none_of_what_it_leaves_out(models: Models, tmp_path: Path
 import sys
 from trimtab_trainer.merge.__main__ import main
 code = main({arguments!r})
-print({{name: sys.modules.get(name, "not asked for") for name in {UNUSED!r}}})
+print({{name: sys.modules.get(name, "not asked for") for name in {UNUSED_BY_MERGES!r}}})
 sys.exit(code)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == str(dict.fromkeys(UNUSED))
+    assert done.stdout.splitlines()[-1] == str(dict.fromkeys(UNUSED_BY_MERGES))

@@ -202,7 +202,7 @@ def test_the_command_ends_with_the_table_s_code(
 ) -> None:
     monkeypatch.setattr("trimtab_trainer.workplace.log_to_stderr", lambda: None)
     monkeypatch.setattr("signal.signal", lambda *_: None)
-    monkeypatch.setattr("trimtab_trainer.merge.__main__.leave_out_unused", lambda: None)
+    monkeypatch.setattr("trimtab_trainer.merge.__main__.leave_out", lambda _: None)
     base = models.base()
     adapter = models.adapter(base)
     arguments = ["--base", str(base), "--output", str(tmp_path / "merged"), "--max-shard-size", "30MB"]

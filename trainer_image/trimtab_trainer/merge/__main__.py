@@ -18,7 +18,7 @@ from trimtab_api.v1alpha1.mergejob import MergeProgress
 from trimtab_api.v1alpha1.status import Artifact
 from trimtab_trainer import workplace
 from trimtab_trainer.endings import Fault, ending_of
-from trimtab_trainer.merge.imports import leave_out_unused
+from trimtab_trainer.imports import UNUSED_BY_MERGES, leave_out
 from trimtab_trainer.progress import ConfigMapReporter, Reporter, Silent
 
 if TYPE_CHECKING:
@@ -85,14 +85,14 @@ def _outcome(config: MergeConfig, work: Path, report: Report) -> Outcome:
         from trimtab_trainer.export.job import run as export
 
         return export(config, work, report)
-    leave_out_unused()
+    leave_out(UNUSED_BY_MERGES)
     from trimtab_trainer.merge.job import run
 
     return run(config, work, report)
 
 
 def _by_hand(options: argparse.Namespace) -> int:
-    leave_out_unused()
+    leave_out(UNUSED_BY_MERGES)
     from trimtab_trainer.merge.job import merge
 
     def report(done: int, total: int) -> None:
