@@ -32,6 +32,8 @@ CA_ROOT = "/var/run/trimtab/ca"
 """Below it one folder per ConfigMap."""
 VOLUMES_ROOT = "/var/run/trimtab/volumes"
 """Below it one mount per PersistentVolumeClaim that a source names."""
+CODE_ROOT = "/var/run/trimtab/code"
+"""Below it one folder per ConfigMap, holding the files of Python that fields name."""
 TOKEN_ROOT = "/var/run/trimtab/token"  # noqa: S105 - a path
 """Projected ServiceAccount token, ca.crt and namespace of the pods that may report."""
 WORK_ROOT = "/work"
@@ -152,6 +154,17 @@ class DataInput(Model):
     """Folder in which the paths of images begin; None for the one that the data file lies in."""
 
 
+class CodeInput(Model):
+    """A file of the user's Python."""
+
+    field: str
+    """The field of the spec that named it, for messages: grpo.rewards[0].python."""
+    reference: str
+    """Logical reference: configMap://NAME/KEY."""
+    path: str
+    """In this pod's file system."""
+
+
 class OutputTarget(Model):
     """Where results go: a prefix in object storage, or a folder when there is no cluster."""
 
@@ -189,6 +202,8 @@ class RunConfig(Model):
     """The tokenizer of a scratch model that takes one."""
     further: list[ModelInput] = Field(default_factory=list, max_length=16)
     """The models beside the one that is tuned, told apart by their field; see inputs.further()."""
+    code: list[CodeInput] = Field(default_factory=list, max_length=16)
+    """Files of the user's Python, told apart by their field; see inputs.code()."""
     train: list[DataInput]
     """Rows to learn from."""
     validation: list[DataInput] = Field(default_factory=list)

@@ -1,4 +1,5 @@
-"""Every model that a FineTuneJob names, by field: one list for whoever waits for them and whoever opens them."""
+"""Every model and every file of Python that a FineTuneJob names, by field: one list for whoever waits for them and
+whoever opens them."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from trimtab_api.v1alpha1.finetunejob import FineTuneJobSpec
-from trimtab_api.v1alpha1.source import ModelSource
+from trimtab_api.v1alpha1.source import ModelSource, PythonFile
 from trimtab_api.v1alpha1.status import ArtifactKind
 
 MODEL = "model.from"
@@ -83,6 +84,33 @@ def lower_adapter(number: int) -> str:
 def grpo_reward(number: int) -> str:
     """The field of the reward model of a grpo job's reward `number`, from 0."""
     return f"grpo.rewards[{number}].rewardModel.from"
+
+
+@dataclass(frozen=True)
+class Code:
+    """A file of Python that a field names."""
+
+    field: str
+    """Path of the field below spec."""
+    file: PythonFile
+    """Where it is."""
+
+    @property
+    def reference(self) -> str:
+        """How it is written down: configMap://NAME/KEY."""
+        return f"configMap://{self.file.name}/{self.file.key}"
+
+
+def code(spec: FineTuneJobSpec) -> Iterator[Code]:
+    """The files of Python that a job runs."""
+    for number, reward in enumerate(spec.grpo.rewards if spec.grpo is not None else ()):
+        if reward.python is not None:
+            yield Code(written_reward(number), reward.python.config_map_key_ref)
+
+
+def written_reward(number: int) -> str:
+    """The field of a grpo job's reward `number`, from 0, that is a function of the user's."""
+    return f"grpo.rewards[{number}].python"
 
 
 def gives_rewards(field: str) -> bool:

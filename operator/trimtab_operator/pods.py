@@ -15,11 +15,13 @@ from typing import Any
 from trimtab_api import names
 from trimtab_api.contract import (
     CA_ROOT,
+    CODE_ROOT,
     CREDENTIAL_KEYS,
     CREDENTIALS_ROOT,
     OPTIONAL_CREDENTIAL_KEYS,
     TOKEN_ROOT,
     VOLUMES_ROOT,
+    CodeInput,
     DataInput,
     ModelInput,
     S3Place,
@@ -160,16 +162,25 @@ def storage(places: Iterable[Place]) -> Mounted:
     each = list(places)
     connections = [place.connection for place in map(_s3, each) if place is not None]
     paths = [place.path for place in each if not isinstance(place, S3Place) and place.path]
-    return _together(
+    return together(
         *(_credentials(folder) for folder in _distinct(c.credentials_dir for c in connections)),
         *(_certificates(file) for file in _distinct(c.ca_file for c in connections)),
         *(_claim(name) for name in _distinct(_claim_name(path) for path in paths)),
     )
 
 
+def code(files: Iterable[CodeInput]) -> Mounted:
+    """The named keys of ConfigMaps as files; all keys of one ConfigMap in one folder."""
+    keys: dict[str, set[str]] = {}
+    for each in files:
+        config_map, key = PurePosixPath(each.path).relative_to(CODE_ROOT).parts
+        keys.setdefault(config_map, set()).add(key)
+    return together(*(_code(config_map, sorted(keys[config_map])) for config_map in sorted(keys)))
+
+
 def claims(wanted: Iterable[ClaimMount]) -> Mounted:
     """The claims that the user asks to mount."""
-    return _together(
+    return together(
         *(
             _mount(
                 _volume_name("user-claim", f"{each.claim_name}{each.mount_path}"),
@@ -179,6 +190,14 @@ def claims(wanted: Iterable[ClaimMount]) -> Mounted:
             )
             for each in wanted
         )
+    )
+
+
+def together(*each: Mounted) -> Mounted:
+    """All of these in one pod."""
+    return Mounted(
+        tuple(volume for one in each for volume in one.volumes),
+        tuple(mount for one in each for mount in one.mounts),
     )
 
 
@@ -205,6 +224,11 @@ def _certificates(file: str) -> Mounted:
     return _mount(_volume_name("ca", f"{config_map}/{key}"), volume, str(PurePosixPath(file).parent), True)
 
 
+def _code(config_map: str, keys: Sequence[str]) -> Mounted:
+    volume = {"configMap": {"name": config_map, "items": [{"key": key, "path": key} for key in keys]}}
+    return _mount(_volume_name("code", config_map), volume, f"{CODE_ROOT}/{config_map}", True)
+
+
 def _claim(name: str) -> Mounted:
     volume = {"persistentVolumeClaim": {"claimName": name, "readOnly": True}}
     return _mount(_volume_name("claim", name), volume, f"{VOLUMES_ROOT}/{name}", True)
@@ -226,10 +250,3 @@ def _volume_name(what: str, of: str) -> str:
 
 def _distinct(values: Iterable[str | None]) -> list[str]:
     return sorted({value for value in values if value})
-
-
-def _together(*each: Mounted) -> Mounted:
-    return Mounted(
-        tuple(volume for one in each for volume in one.volumes),
-        tuple(mount for one in each for mount in one.mounts),
-    )

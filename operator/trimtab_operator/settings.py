@@ -31,6 +31,13 @@ class Preflight(Model):
     """Resources of the pod."""
 
 
+class Rewards(Model):
+    """What answers may be judged by."""
+
+    python: bool = False
+    """Whether jobs may name functions of their own, which run in the trainer's pods."""
+
+
 class Settings(Model):
     """The settings file."""
 
@@ -44,6 +51,8 @@ class Settings(Model):
     """Namespaces to work in; an empty list is every one."""
     preflight: Preflight = Field(default_factory=Preflight)
     """The pod that looks at a FineTuneJob's inputs."""
+    rewards: Rewards = Field(default_factory=Rewards)
+    """What answers may be judged by."""
     image_pull_secrets: list[str] = Field(default_factory=list)
     """Names of Secrets with registry credentials, in the namespaces of the jobs."""
     workers: Annotated[int, Field(ge=1, le=64)] = 4

@@ -5,15 +5,18 @@ Pure, and the same for all kinds: what a job refers to is looked up by observe a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from trimtab_api import inputs
 from trimtab_api.conditions import SUCCEEDED, Reason
 from trimtab_api.contract import (
     CA_ROOT,
+    CODE_ROOT,
     CREDENTIALS_ROOT,
     VOLUMES_ROOT,
+    CodeInput,
     Connection,
     DataInput,
     JobIdentity,
@@ -156,6 +159,21 @@ def _folder(
         return ModelInput(field=field, reference=place.uri, s3=place)
     assert source.volume is not None, "a source has exactly one member"
     return ModelInput(field=field, reference=volume_reference(source.volume), path=volume_path(source.volume))
+
+
+def code_inputs(named: Iterable[inputs.Code], allowed: bool) -> list[CodeInput] | Unmet:
+    """Where a pod finds the files of Python that a job names, or that the installation allows none."""
+    found = list(named)
+    if found and not allowed:
+        return Unmet(
+            Reason.SPEC_INVALID,
+            f"{found[0].field} is code that would run in the trainer's pods, and this installation does not allow it. "
+            "Use a reward by name or a reward model, or have the chart installed with rewards.python: true.",
+        )
+    return [
+        CodeInput(field=each.field, reference=each.reference, path=f"{CODE_ROOT}/{each.file.name}/{each.file.key}")
+        for each in found
+    ]
 
 
 def output_connection(producer: Producer, default: Storage | None) -> Connection:

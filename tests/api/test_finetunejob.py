@@ -100,6 +100,35 @@ def test_a_job_waits_for_the_job_it_refers_to_and_follows_its_artifact(stage: Tr
     assert DIGEST in config
 
 
+CLOSE = {"python": {"configMapKeyRef": {"name": "rewards", "key": "rewards.py"}, "function": "close"}}
+
+
+def test_code_of_the_user_s_waits_for_the_installation_s_leave(stage: Training, operator: OperatorProcess) -> None:
+    """The job goes on by itself once the installation allows it; its pods see the one key, read-only."""
+    stage.apply("coded", method="grpo", grpo={"rewards": [CLOSE]})
+    told = stage.until("coded", "SpecInvalid")
+    assert told["status"] == "Unknown"
+    assert "rewards.python: true" in told["message"]
+    assert not stage.items("Job")
+    forbidding = operator.settings
+    operator.stop()
+    operator.settings = {**forbidding, "rewards": {"python": True}}
+    operator.start()
+    stage.check("coded")
+    (master,) = stage.gang("coded")
+    operator.stop()
+    operator.settings = forbidding
+    operator.start()
+    items = [{"key": "rewards.py", "path": "rewards.py"}]
+    (volume,) = [each for each in master["spec"]["volumes"] if each.get("configMap", {}).get("name") == "rewards"]
+    assert volume["configMap"]["items"] == items
+    mounts = {each["name"]: each for each in master["spec"]["containers"][0]["volumeMounts"]}
+    mount = mounts[volume["name"]]
+    assert (mount["mountPath"], mount["readOnly"]) == ("/var/run/trimtab/code/rewards", True)
+    config = json.loads(stage.until_there("ConfigMap", "coded-1-run")["data"]["run.json"])
+    assert [each["path"] for each in config["code"]] == ["/var/run/trimtab/code/rewards/rewards.py"]
+
+
 SCRATCH = {
     "modelType": "llama",
     "hiddenSize": 64,

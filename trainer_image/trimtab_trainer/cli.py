@@ -3,7 +3,8 @@
     trimtab-train finetune.yaml --output ./out
 
 S3 sources take credentials from the environment (AWS_ACCESS_KEY_ID, ...). A claim is a folder given by --volume, a job
-that is referred to is a folder or s3:// prefix given by --reference. Ctrl-C saves the step; the same command goes on.
+that is referred to is a folder or s3:// prefix given by --reference, a ConfigMap with Python is a folder given by
+--config-map. Ctrl-C saves the step; the same command goes on.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 from trimtab_api import inputs
 from trimtab_api.conditions import Reason
 from trimtab_api.contract import (
+    CodeInput,
     Connection,
     DataInput,
     Ending,
@@ -46,10 +48,11 @@ _LOCAL_FIELDS = {"pod", "suspend", "retries", "active_deadline_seconds", "ttl_se
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """What stands for the cluster: folders for claims, places for jobs, the environment for Secrets."""
+    """What stands for the cluster: folders for claims and ConfigMaps, places for jobs, the environment for Secrets."""
 
     volumes: Mapping[str, Path]
     references: Mapping[str, str]
+    config_maps: Mapping[str, Path]
     environment: Mapping[str, str]
 
     def connection(self, *layers: Storage | None) -> Connection:
@@ -112,6 +115,14 @@ class Elsewhere:
         hub = source.hugging_face
         return DataInput(field=field, part=part, hugging_face=hub, inline=source.inline, media=media)
 
+    def code(self, each: inputs.Code) -> CodeInput:
+        """A file of Python, in this process's terms."""
+        folder = self.config_maps.get(each.file.name)
+        if folder is None:
+            hint = f"Add --config-map {each.file.name}=FOLDER, where FOLDER holds {each.file.key}."
+            raise Fault(Reason.SPEC_INVALID, f"{each.field}: where is the ConfigMap {each.file.name}?", hint)
+        return CodeInput(field=each.field, reference=each.reference, path=str(folder / each.file.key))
+
     def folder(self, field: str, source: FolderSource | None, storage: Storage | None) -> ModelInput | None:
         """A folder of files that rows name, in this process's terms."""
         if source is None:
@@ -128,7 +139,7 @@ def artifact_in(folder: Path) -> Path:
 def run_config(name: str, spec: FineTuneJobSpec, output: Path, elsewhere: Elsewhere) -> RunConfig:
     """What the operator would write into run.json, for a folder on this computer.
 
-    Raises Fault(SpecInvalid) when a claim or job has no place.
+    Raises Fault(SpecInvalid) when a claim, job or ConfigMap has no place.
     """
     models = {each.field: elsewhere.model(each.field, each.source, spec.storage) for each in inputs.named(spec)}
     return RunConfig(
@@ -139,6 +150,7 @@ def run_config(name: str, spec: FineTuneJobSpec, output: Path, elsewhere: Elsewh
         model=models.pop(inputs.MODEL, None),
         tokenizer=models.pop(inputs.TOKENIZER, None),
         further=list(models.values()),
+        code=[elsewhere.code(each) for each in inputs.code(spec)],
         train=[elsewhere.data(f"dataset.train[{i}]", each, spec.storage) for i, each in enumerate(spec.dataset.train)],
         validation=[
             elsewhere.data(f"dataset.validation[{i}]", each, spec.storage)
@@ -172,7 +184,12 @@ def train(options: argparse.Namespace) -> tuple[Exit, Ending]:
     if options.fresh and output.is_dir():
         shutil.rmtree(output)
     work = output / ".work"
-    elsewhere = Elsewhere(_volumes(options.volume), dict(_pairs(options.reference)), os.environ)
+    elsewhere = Elsewhere(
+        volumes=_folders(options.volume),
+        references=dict(_pairs(options.reference)),
+        config_maps=_folders(options.config_map),
+        environment=os.environ,
+    )
     config = run_config(meta.name, spec, output, elsewhere)
     run_file = work / "run.json"
     _same_run(run_file, config)
@@ -209,7 +226,7 @@ def _pairs(given: Sequence[str]) -> list[tuple[str, str]]:
     return [(name, value) for name, value in pairs]
 
 
-def _volumes(given: Sequence[str]) -> dict[str, Path]:
+def _folders(given: Sequence[str]) -> dict[str, Path]:
     return {name: Path(value).absolute() for name, value in _pairs(given)}
 
 
@@ -222,6 +239,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--output", type=Path, required=True, help="folder for checkpoints, artifact and report")
     made.add_argument("--volume", action="append", default=[], metavar="CLAIM=FOLDER", help="what a claim holds")
     made.add_argument("--reference", action="append", default=[], metavar="JOB=PLACE", help="folder or s3:// of a job")
+    made.add_argument("--config-map", action="append", default=[], metavar="NAME=FOLDER", help="its keys as files")
     made.add_argument("--fresh", action="store_true", help="delete what the output folder holds and begin anew")
     return made
 

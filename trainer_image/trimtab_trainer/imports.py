@@ -36,6 +36,8 @@ def leave_out(names: Iterable[str]) -> None:
 
 def unused(config: RunConfig) -> list[str]:
     """The libraries that this run has no use for. In doubt a library is kept."""
+    if config.code:  # the user's own code may import whatever the image holds
+        return []
     spec, names = config.spec, []
     if spec.method not in MEASURED:
         # Assisted generation and the losses of object detection are what transformers takes them for.

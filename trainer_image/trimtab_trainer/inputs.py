@@ -12,7 +12,7 @@ from pathlib import Path
 
 import trimtab_store as store
 from trimtab_api.conditions import Reason
-from trimtab_api.contract import MANIFEST_NAME, DataInput, Manifest, ModelInput, RunConfig, S3Place
+from trimtab_api.contract import MANIFEST_NAME, CodeInput, DataInput, Manifest, ModelInput, RunConfig, S3Place
 from trimtab_api.v1alpha1.source import HubData, HubModel
 from trimtab_api.v1alpha1.status import PinnedInput
 from trimtab_trainer.endings import Fault
@@ -63,6 +63,15 @@ class LocalData:
     """False when only a beginning was fetched, to look at."""
 
 
+@dataclass(frozen=True)
+class LocalCode:
+    """A file of the user's Python."""
+
+    source: CodeInput
+    content: bytes
+    digest: str
+
+
 def uses_hub(config: RunConfig) -> bool:
     """Whether a source is on the Hugging Face hub, so that the network must be asked."""
     models = [model.hugging_face for model in (config.model, config.tokenizer, *config.further) if model]
@@ -106,6 +115,21 @@ def fetch_model(
         hint = "Save the weights as safetensors; pickled ones are never opened, because that can run code."
         raise Fault(Reason.UNSAFE_FORMAT, f"{source.field} {reference}: no *.safetensors there", hint)
     return LocalModel(path=path, reference=reference, digest=digest)
+
+
+def read_code(source: CodeInput, pins: Pins) -> LocalCode:
+    """The file of Python as it is now.
+
+    Raises Fault when it is not there, or not what it was at the start.
+    """
+    try:
+        content = Path(source.path).read_bytes()
+    except OSError as error:
+        hint = "Correct name and key, or make the file."
+        raise Fault(Reason.OBJECT_MISSING, f"{source.field} {source.reference}: {error.strerror}", hint) from error
+    digest = "sha256:" + hashlib.sha256(content).hexdigest()
+    pins.hold(source.field, source.reference, digest)
+    return LocalCode(source, content, digest)
 
 
 def fetch_data(source: DataInput, into: Path, pins: Pins, patience: float = 120.0) -> LocalData:

@@ -22,7 +22,7 @@ from pathlib import Path
 import trimtab_store as store
 from trimtab_api import inputs, memory
 from trimtab_api.conditions import Reason
-from trimtab_api.contract import DataInput, Ending, Exit, ModelInput, RunConfig
+from trimtab_api.contract import CodeInput, DataInput, Ending, Exit, ModelInput, RunConfig
 from trimtab_api.inputs import SAME_VOCABULARY
 from trimtab_api.v1alpha1.dataset import Dataset
 from trimtab_api.v1alpha1.model import Scratch
@@ -48,6 +48,7 @@ from trimtab_trainer.inputs import (
     Pins,
     fetch_beginning,
     fetch_model,
+    read_code,
     uses_hub,
 )
 from trimtab_trainer.measuring import Measured, measure
@@ -86,6 +87,7 @@ def check(config: RunConfig, work: Path) -> Ending:
     strategies.see_possible(config)
     open_output(config.output, patience=PATIENCE).probe()
     pins = Pins(config.pins)
+    code = [_code(each, pins) for each in config.code]
     streamed = config.spec.dataset.streaming is not None
     feeds = [open_feed(source, pins, PATIENCE) for source in config.train] if streamed else []
     parts = [] if streamed else config.train
@@ -120,7 +122,7 @@ def check(config: RunConfig, work: Path) -> Ending:
         + ("" if measured is None else measured.told(collected.rows, config.resolved.truncation))
         + ("" if whole else "; the rest is checked when the training starts")
         + collected.remark,
-        pins=[*found, *map(_pin, train), *map(_pin, feeds), *map(_pin, held)],
+        pins=[*found, *code, *map(_pin, train), *map(_pin, feeds), *map(_pin, held)],
         rows=collected.rows if whole else None,
         dataset_digest=collected.digest if whole else None,
         memory=needed,
@@ -133,6 +135,11 @@ def _data(source: DataInput, into: Path, pins: Pins) -> LocalData:
 
 def _pin(data: LocalData | Feed) -> PinnedInput:
     return PinnedInput(field=data.source.field, uri=data.display[:1100], digest=data.digest)
+
+
+def _code(source: CodeInput, pins: Pins) -> PinnedInput:
+    """The file is there, and what it was; that it holds what is asked of it, whoever calls it looks for."""
+    return PinnedInput(field=source.field, uri=source.reference, digest=read_code(source, pins).digest)
 
 
 def _adapters(config: RunConfig, models: list[ModelInput], local: list[LocalModel]) -> None:

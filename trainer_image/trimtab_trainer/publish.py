@@ -81,6 +81,7 @@ class Provenance:
             **self.head.document(),
             "base": None if base is None else base.dump(),
             "datasetDigest": self.dataset_digest,
+            "inputs": [pin.dump() for pin in self.config.pins],
             "templateHash": None if self.template is None else "sha256:" + _sha256(self.template),
             "system": spec.template.system,
             "columns": [part.part.columns for part in self.config.train],

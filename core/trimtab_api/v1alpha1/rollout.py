@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from trimtab_api.schema import LIST_ATOMIC, Model, OneOf
-from trimtab_api.v1alpha1.source import ModelSource
+from trimtab_api.v1alpha1.source import ModelSource, PythonFile
 
 Temperature = Annotated[float, Field(gt=0, le=10)]
 Tokens = Annotated[int, Field(ge=1, le=131072)]
@@ -22,15 +22,26 @@ class RewardSource(Model):
     """What a FineTuneJob of method rewardModel made, or a classifier with one output. Its own tokenizer and template are used, so they may differ from the tuned model's."""
 
 
-class Reward(OneOf):
-    """What an answer earns: exactly one of name and rewardModel."""
+class PythonReward(Model):
+    """A function of the user's. It runs in the trainer's pods, so the installation must allow it (Helm value rewards.python)."""
 
-    members: ClassVar[tuple[str, ...]] = ("name", "rewardModel")
+    config_map_key_ref: PythonFile
+    """The file that the function stands in. Its digest is pinned when the job starts."""
+    function: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+    """Name of a function at the top of the file. It is called as TRL calls its reward functions: with lists prompts, completions and completion_ids and one list for each further column of the rows, all by name; it returns a number for each completion, or None for one that it has nothing to say of."""
+
+
+class Reward(OneOf):
+    """What an answer earns: exactly one of name, rewardModel and python."""
+
+    members: ClassVar[tuple[str, ...]] = ("name", "rewardModel", "python")
 
     name: Literal["accuracy", "format", "softOverlong", "repetition", "cosine"] | None = None
     """accuracy: 1 when the answer is the row's column solution, else 0. format: 1 for <think>…</think><answer>…</answer>, else 0. softOverlong: 0, falling to -1 over the last fifth of maxCompletionLength. repetition: from 0 to -1 by the share of repeated triples of words. cosine: right answers earn more when they are short, wrong ones lose less when they are long; reads solution."""
     reward_model: RewardSource | None = None
     """Ask a reward model."""
+    python: PythonReward | None = None
+    """Call a function of your own."""
     weight: Annotated[float | None, Field(ge=-1000, le=1000)] = None
     """Factor of this reward in the sum. By default 1."""
 

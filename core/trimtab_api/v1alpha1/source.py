@@ -54,6 +54,15 @@ class CaBundle(Model):
     """Key within the ConfigMap."""
 
 
+class PythonFile(Model):
+    """A key of a ConfigMap that holds a file of Python."""
+
+    name: ObjectName
+    """Name of the ConfigMap, in the namespace of the resource."""
+    key: Annotated[str, Field(min_length=4, max_length=253, pattern=r"^[a-zA-Z0-9_][-._a-zA-Z0-9]*\.py$")]
+    """Key within the ConfigMap, a file's name that ends in .py."""
+
+
 class Credentials(Model):
     """The Secret with the keys of an object storage."""
 

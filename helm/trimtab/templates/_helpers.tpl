@@ -56,6 +56,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
       "imagePullSecrets" .Values.images.pullSecrets
       "namespaces" .Values.namespaces
       "preflight" .Values.preflight
+      "rewards" .Values.rewards
       "workers" .Values.operator.workers
       "resyncSeconds" .Values.operator.resyncSeconds
       "startTimeoutSeconds" .Values.operator.startTimeoutSeconds

@@ -66,6 +66,9 @@ def run_config(
     output = output_place(job, settings)
     if isinstance(output, Unmet):
         return output
+    code = sources.code_inputs(inputs.code(job.spec), settings.rewards.python)
+    if isinstance(code, Unmet):
+        return code
     models: dict[str, ModelInput] = {}
     for named in inputs.named(job.spec):
         found = _pinned(pins, job, settings, _model(named, job, settings, producers), named.field)
@@ -80,6 +83,7 @@ def run_config(
         model=models.pop(inputs.MODEL, None),
         tokenizer=models.pop(inputs.TOKENIZER, None),
         further=list(models.values()),
+        code=code,
         train=[_data(f"dataset.train[{n}]", part, job, settings) for n, part in enumerate(job.spec.dataset.train)],
         validation=[
             _data(f"dataset.validation[{n}]", part, job, settings) for n, part in enumerate(job.spec.dataset.validation)
@@ -285,7 +289,7 @@ def _replica(job: FineTuneJob, config: RunConfig, settings: Settings, count: int
 
 def _pod(job: FineTuneJob, config: RunConfig, config_name: str, extra: Sequence[Object]) -> Object:
     shape = job.spec.pod
-    mounted = pods.storage(places(config))
+    mounted = pods.together(pods.storage(places(config)), pods.code(config.code))
     return {
         "serviceAccountName": account(job),
         "automountServiceAccountToken": False,

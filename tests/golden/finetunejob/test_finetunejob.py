@@ -17,14 +17,16 @@ from trimtab_api.v1alpha1 import FineTuneJob
 from trimtab_operator.finetunejob.plan import plan
 from trimtab_operator.finetunejob.seen import Seen
 from trimtab_operator.plan import Plan
+from trimtab_operator.settings import Rewards
 
 HERE = Path(__file__).parent
+ALLOWING = SETTINGS.model_copy(update={"rewards": Rewards(python=True)})
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 
 
 def decided(document: dict[str, Any], **there: Any) -> Plan:
     producers = dict([trained("base", kind="model")])
-    return plan(Seen(FineTuneJob.read(document), SETTINGS, producers, **there), NOW)
+    return plan(Seen(FineTuneJob.read(document), ALLOWING, producers, **there), NOW)
 
 
 def way(document: dict[str, Any]) -> list[dict[str, Any]]:
@@ -47,7 +49,9 @@ def way(document: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("example", ["who-are-you/base", "who-are-you/harbour", "every-field/finetunejob"])
+@pytest.mark.parametrize(
+    "example", ["who-are-you/base", "who-are-you/harbour", "every-field/finetunejob", "methods/grpo-python"]
+)
 def test_the_example_becomes_what_it_became(example: str) -> None:
     text = (EXAMPLES / f"{example}.yaml").read_text(encoding="utf-8")
     document = next(each for each in yaml.safe_load_all(text) if each["kind"] == "FineTuneJob")

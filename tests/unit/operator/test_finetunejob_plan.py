@@ -57,6 +57,7 @@ class Case:
     says: str = ""
 
 
+CLOSE = {"python": {"configMapKeyRef": {"name": "rewards", "key": "rewards.py"}, "function": "close"}}
 CASES = [
     Case(
         "a new job has its inputs looked at",
@@ -112,6 +113,12 @@ CASES = [
         lambda: Story().checked(Exit.OUT_OF_MEMORY, said(Reason.MEMORY_TOO_SMALL)),
         ("Unknown", "MemoryTooSmall"),
         says="what happened. What to do.",
+    ),
+    Case(
+        "code of the user's waits for the installation's leave",
+        lambda: Story(spec={"method": "grpo", "grpo": {"rewards": [{"name": "format"}, CLOSE]}}),
+        ("Unknown", "SpecInvalid"),
+        says="grpo.rewards[1].python is code that would run in the trainer's pods, and this installation does not",
     ),
     Case(
         "inputs that were wrong are looked at again after a while",

@@ -72,6 +72,20 @@ def test_what_stands_for_the_cluster_is_asked_for(job: Path, tmp_path: Path, cap
     assert "--reference base=FOLDER" in capfd.readouterr().err
 
 
+def test_a_config_map_is_a_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What is there is looked at, and what is not is asked for."""
+    example = str(Path(__file__).parents[3] / "examples/methods/grpo-python.yaml")
+    command = [example, "--output", str(tmp_path / "out"), "--reference", f"base={tmp_path}"]
+    assert cli.main(command) == Exit.SPEC_INVALID
+    assert "Add --config-map rewards=FOLDER, where FOLDER holds rewards.py." in capfd.readouterr().err
+    assert cli.main([*command, "--config-map", f"rewards={tmp_path}"]) == Exit.SPEC_INVALID
+    said = capfd.readouterr().err
+    assert "grpo.rewards[0].python configMap://rewards/rewards.py: No such file" in said
+    (tmp_path / "rewards.py").write_text("def brief(completions): ...")
+    assert cli.main([*command, "--config-map", f"rewards={tmp_path}"]) == Exit.SPEC_INVALID
+    assert "no such function at the top of the file, which has brief" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

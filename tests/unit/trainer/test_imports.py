@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.unit.trainer.conftest import run_config, spec, training
+from trimtab_api.contract import CodeInput
 from trimtab_trainer.imports import unused
 
 ALL = {"sklearn", "scipy", "deepspeed", "bitsandbytes", "mlflow", "wandb"}
@@ -51,6 +52,11 @@ def test_what_a_spec_needs_is_kept(tmp_path: Path, fields: dict[str, Any], kept:
 def test_a_base_that_may_be_quantised_keeps_bitsandbytes(tmp_path: Path, described: dict[str, Any] | None) -> None:
     model = tmp_path if described is None else base(tmp_path, **described)
     assert "bitsandbytes" not in unused(run_config(spec("sft"), tmp_path, model=model))
+
+
+def test_code_of_the_user_s_finds_everything(tmp_path: Path) -> None:
+    code = CodeInput(field="grpo.rewards[0].python", reference="configMap://a/b.py", path="b.py")
+    assert unused(run_config(spec("sft"), tmp_path, model=base(tmp_path), code=[code])) == []
 
 
 def test_what_is_left_out_passes_for_not_installed_and_what_is_loaded_stays() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from trimtab_api.conditions import Reason
@@ -47,20 +48,32 @@ def needed(*columns: str, answer: bool = False) -> Needs:
             **standard,
             "messages": prompt,
             **({ANSWER: messages[-1]} if answered else {}),
+            "place": f"{where} row {row}",
             "columns": json.loads(json.dumps(known, default=str)),
         }
 
     return Needs(answer=answer, text_allowed=False, complete=complete)
 
 
-def read_row(record: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The messages of a record's prompt, and the row's other columns."""
-    known = json.loads(bytes(record[ROW]))
-    return known["messages"], known["columns"]
+@dataclass(frozen=True)
+class Asked:
+    """What a record keeps of its row beside the tokens."""
+
+    messages: list[dict[str, Any]]
+    """The prompt."""
+    columns: dict[str, Any]
+    """The row's other columns."""
+    place: str
+    """How a person finds the row: source and number."""
+
+
+def read_row(record: Mapping[str, Any]) -> Asked:
+    """What stands in a record's column ROW."""
+    return Asked(**json.loads(bytes(record[ROW])))
 
 
 def _written(row: Row) -> list[int]:
-    known = {"messages": row["messages"], "columns": row["columns"]}
+    known = {"messages": row["messages"], "columns": row["columns"], "place": row["place"]}
     return list(json.dumps(known, ensure_ascii=False, sort_keys=True).encode())
 
 

@@ -17,11 +17,13 @@ from trimtab_api.v1alpha1.rollout import Grpo
 from trimtab_trainer import rewards
 from trimtab_trainer.arguments import UnnumberedCpu, common
 from trimtab_trainer.data.prompts import ROW, read_row
+from trimtab_trainer.inputs import Pins
 from trimtab_trainer.methods.grpo import knobs
 from trimtab_trainer.methods.observed import Observed
 from trimtab_trainer.methods.parts import Parts
-from trimtab_trainer.rewards import Reward, Said
+from trimtab_trainer.rewards import Reward, Said, written
 from trimtab_trainer.rewards.judged import Judged
+from trimtab_trainer.rewards.written import Written
 from trimtab_trainer.rollout.engine import Engine, OwnModel, Sampling
 from trimtab_trainer.rollout.fit import see_room
 from trimtab_trainer.rollout.holding import Holding
@@ -103,10 +105,7 @@ class Asked:
         """One number for each answer of this process."""
         rows = [read_row({ROW: row}) for row in columns[ROW]]
         answers = zip(rows, completions, completion_ids, strict=True)
-        said = [
-            Said(messages=messages, text=text, tokens=len(ids), columns=known)
-            for (messages, known), text, ids in answers
-        ]
+        said = [Said(row.messages, text, ids, row.columns, row.place) for row, text, ids in answers]
         return list(self._reward(said))
 
 
@@ -164,12 +163,15 @@ def _rewards(parts: Parts, asked: Grpo) -> list[Any]:
     found: list[Asked] = []
     for number, reward in enumerate(asked.rewards):
         does: Reward
+        name: str = reward.name or "rewardModel"
         if reward.name is not None:
             does = rewards.by_name(reward.name, asked.max_completion_length)
+        elif reward.python is not None:
+            name = reward.python.function
+            does = Written.open(written.code_of(parts.config, number), name, Pins(parts.config.pins))
         else:
             field = inputs.grpo_reward(number)
             does = Judged.open(parts.further[field], field, torch.float32, parts.model.device)
-        name: str = reward.name or "rewardModel"
         taken = name in {each.__name__ for each in found}
         found.append(Asked(f"{name}{number}" if taken else name, does))
     return list(found)

@@ -14,6 +14,7 @@ from trimtab_trainer.data.masks import Render
 from trimtab_trainer.data.sequences import Encoder
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.methods.parts import Parts
+from trimtab_trainer.rewards import written
 
 
 class GroupRelative:
@@ -22,7 +23,8 @@ class GroupRelative:
     def needs(self, config: RunConfig) -> Needs:
         """Prompts, with the columns that the rewards read.
 
-        Raises Fault(SpecInvalid) when a step would learn from a part of a group of answers.
+        Raises Fault(SpecInvalid) when a step would learn from a part of a group of answers, or a reward of the user's
+        is none.
         """
         asked, batch = knobs(config), config.resolved.global_batch_size
         if batch % asked.num_generations:
@@ -32,7 +34,7 @@ class GroupRelative:
                 "(training.perDeviceBatchSize x training.gradientAccumulationSteps x processes)",
                 "Leave training.gradientAccumulationSteps out, or choose it so that it does.",
             )
-        return prompts.needed(*rewards.columns_read(asked))
+        return prompts.needed(*_columns_read(config))
 
     def encoder(self, config: RunConfig, tokenizer: Any, render: Render | None) -> Encoder:
         """Prompts as a server would be asked them."""
@@ -49,6 +51,16 @@ def knobs(config: RunConfig) -> Grpo:
     """The method's block; the rules see to it that it is there."""
     assert config.spec.grpo is not None
     return config.spec.grpo
+
+
+def _columns_read(config: RunConfig) -> list[str]:
+    """The columns that the rewards need of each row."""
+    read: set[str] = set()
+    for number, reward in enumerate(knobs(config).rewards):
+        read |= rewards.columns_read(reward.name)
+        if reward.python is not None:
+            read |= written.look(written.code_of(config, number), reward.python.function).columns
+    return sorted(read)
 
 
 METHOD = GroupRelative()

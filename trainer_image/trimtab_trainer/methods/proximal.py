@@ -130,8 +130,8 @@ class ProximalTrainer(Referring, RoundTrainer):
         texts = tokenizer.batch_decode(spoken, skip_special_tokens=True)
         said = []
         for record, text, ids in zip(records, texts, spoken, strict=True):
-            messages, columns = read_row(record)
-            said.append(Said(messages=messages, text=text, tokens=len(ids), columns=columns))
+            row = read_row(record)
+            said.append(Said(row.messages, text, ids, row.columns, row.place))
         scores = torch.tensor(self._judge(said), dtype=torch.float32, device=self.args.device)
         if self._asked.missing_eos_penalty is not None:
             scores = scores - self._asked.missing_eos_penalty * (1 - self._ended(spoken))

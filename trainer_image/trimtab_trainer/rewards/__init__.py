@@ -1,4 +1,4 @@
-"""What answers earn: formulas by name, and models that judge.
+"""What answers earn: formulas by name, models that judge, and functions of the user's.
 
 A reward is asked about some answers at once and gives each a number, or None where it has nothing to say. Nothing here
 knows of trainers.
@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from trimtab_api.v1alpha1.rollout import Grpo
 from trimtab_trainer.rewards import named
 
 
@@ -22,10 +21,17 @@ class Said:
     """The conversation before it."""
     text: str
     """The answer without special tokens."""
-    tokens: int
-    """Its length in tokens, the one that ends it included."""
+    ids: Sequence[int]
+    """Its tokens, the one that ends it included."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """The row's other columns."""
+    place: str = ""
+    """How a person finds the row: source and number."""
+
+    @property
+    def tokens(self) -> int:
+        """Its length in tokens."""
+        return len(self.ids)
 
 
 class Reward(Protocol):
@@ -55,6 +61,6 @@ def by_name(name: str, longest: int) -> Reward:
     return lambda said: [formula(each) for each in said]
 
 
-def columns_read(grpo: Grpo) -> tuple[str, ...]:
-    """The columns that the rewards of a job need of each row."""
-    return ("solution",) if any(reward.name in READS_SOLUTION for reward in grpo.rewards) else ()
+def columns_read(name: str | None) -> frozenset[str]:
+    """The columns that the reward of that name needs of each row."""
+    return frozenset({"solution"} if name in READS_SOLUTION else ())

@@ -55,7 +55,7 @@ def test_other_formulas() -> None:
 
 @pytest.mark.parametrize("name", ["accuracy", "format", "softOverlong", "repetition", "cosine"])
 def test_each_name_gives_a_number(name: str) -> None:
-    said = Said(messages=[], text="2", tokens=1, columns={"solution": "2"})
+    said = Said(messages=[], text="2", ids=[7], columns={"solution": "2"})
     assert rewards.by_name(name, 8)([said, said])[0] is not None
 
 
@@ -101,7 +101,9 @@ def test_prompts_are_what_a_server_is_asked(tmp_path: Path) -> None:
     asked = "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
     assert [words.decode(each["prompt"]) for each in encoded] == [asked, asked]
     assert [words.decode(each["answer"]) for each in encoded] == ["2<|im_end|>", ""]
-    assert prompts.read_row(encoded[0]) == ([USER], {"solution": "2", "level": 3})
+    row = prompts.read_row(encoded[0])
+    assert (row.messages, row.columns) == ([USER], {"solution": "2", "level": 3})
+    assert row.place == "dataset.train[0] rows.jsonl row 1"
     assert write(found.train, Prompts(config, words, render), tmp_path / "rows.arrow").sequences == 2
     short = config.spec.dataset.model_copy(update={"max_length": 4})
     tight = config.model_copy(update={"spec": config.spec.model_copy(update={"dataset": short})})
