@@ -19,6 +19,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from tests.ports import free_port
 from trimtab_api.contract import Connection
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -129,9 +130,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     (root / "keys").mkdir()
     (root / "keys" / "AWS_ACCESS_KEY_ID").write_text("KEY")
     (root / "keys" / "AWS_SECRET_ACCESS_KEY").write_text("secret")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     rclone = [Path(sys.executable).parent / "rclone", "serve", "s3", "--auth-key", "KEY,secret"]
     process = subprocess.Popen(
         [*rclone, "--addr", f"127.0.0.1:{port}", root / "served"],

@@ -21,6 +21,7 @@ import pytest
 from aiohttp import web
 from safetensors.numpy import save_file
 
+from tests.ports import free_port
 from trimtab_api.contract import (
     AgentReport,
     Connection,
@@ -37,13 +38,6 @@ from trimtab_store import connect, publish, upload_files
 KEY, SECRET = "TESTKEY", "testsecret"
 HIDDEN = 8
 MODULES = ("self_attn.q_proj", "self_attn.v_proj")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 async def eventually(what: str, holds: Callable[[], Any], seconds: float = 10.0) -> Any:

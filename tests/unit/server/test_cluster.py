@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from tests.ports import free_port
 from trimtab_api.contract import SERVE_KEY
 from trimtab_server.agent import cluster as cluster_room
 from trimtab_server.agent.cluster import Cluster, ClusterError
 from trimtab_server.agent.desired import Desired, follow_config_map
 from trimtab_server.agent.report import SIZE_LIMIT, ConfigMapSink, Reporter, bounded
 
-from .conftest import eventually, free_port
+from .conftest import eventually
 
 PATH = "/api/v1/namespaces/team/configmaps"
 

@@ -19,18 +19,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import free_port
 from trimtab_api.contract import Connection
 from trimtab_store import S3, connect
 
 KEY, SECRET = "TESTKEY", "testsecret"
 TOOLS = Path(sys.executable).parent
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def eventually(what: str, holds: Callable[[], bool], seconds: float = 20.0) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import free_port
 from trimtab_api.contract import Connection
 from trimtab_store import S3, StorageError, connect
 from trimtab_store.errors import (
@@ -22,7 +23,7 @@ from trimtab_store.errors import (
     StorageUnreachable,
 )
 
-from .conftest import KEY, SECRET, Proxy, Server, free_port, keys_folder
+from .conftest import KEY, SECRET, Proxy, Server, keys_folder
 
 
 def test_an_object_is_written_read_and_deleted(s3: S3, bucket: str) -> None:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import free_port
 from trimtab_api.contract import Connection
 from trimtab_store import S3, connect, fetch, publish
 from trimtab_store.errors import CredentialsWrong, ObjectChanged, StorageUnreachable
 
-from .conftest import TOOLS, eventually, free_port, keys_folder, listening, read_folder
+from .conftest import TOOLS, eventually, keys_folder, listening, read_folder
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.ports import free_port
 from trimtab_api.contract import DataInput, Ending, JobIdentity, ModelInput, OutputTarget, RankResult, RunConfig
 from trimtab_api.resolve import resolve
 from trimtab_api.v1alpha1.finetunejob import FineTuneJobSpec
@@ -278,13 +278,6 @@ def start_ranks(tmp_path: Path) -> Iterator[StartRanks]:
                 process.kill()
             process.join()
             process.close()
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def history(output: Path) -> list[tuple[int, float]]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.trainer.conftest import Launch, free_port, run_config, spec, training, wait_for
+from tests.ports import free_port
+from tests.unit.trainer.conftest import Launch, run_config, spec, training, wait_for
 from trimtab_api.conditions import Reason
 from trimtab_api.contract import Ending, Exit, RankResult
 from trimtab_trainer import launcher, results, workplace

@@ -20,7 +20,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from tests.unit.trainer.conftest import free_port, wait_for
+from tests.ports import free_port
+from tests.unit.trainer.conftest import wait_for
 from trimtab_api.conditions import Reason
 from trimtab_api.contract import ProgressReport
 from trimtab_api.v1alpha1.progress import Progress

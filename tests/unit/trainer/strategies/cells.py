@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.unit.trainer.conftest import PRELOADED, free_port
+from tests.ports import free_port
+from tests.unit.trainer.conftest import PRELOADED
 from trimtab_api.contract import Ending, RunConfig
 
 
