@@ -23,8 +23,8 @@ from trimtab_trainer.data.masks import Render
 from trimtab_trainer.data.media import Media, gather, see_unpacked
 from trimtab_trainer.data.reading import Skipped, strictly
 from trimtab_trainer.data.rows import IMAGES
-from trimtab_trainer.data.seen import Seen
-from trimtab_trainer.data.sequences import Encoder, Language
+from trimtab_trainer.data.seen import Seen, Sizes, spacious
+from trimtab_trainer.data.sequences import Encoder
 from trimtab_trainer.distributed import Group, once, once_per_pod
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.inputs import LocalModel, Pins, fetch_data, fetch_model
@@ -144,7 +144,7 @@ class Run:
         stops = tokenizer.stop_ids(loaded, template, config.spec.template, _known_stops(folder))
         render = None if template is None else template.renderer()
         media = self._media(collected, work / "media")
-        processor = None
+        processor: Any = None
         if vision.sees(folder):
             processor = vision.load_processor(folder, loaded, "model.from")
         elif media is not None:
@@ -153,11 +153,11 @@ class Run:
             )
 
         def encoder() -> Encoder:
-            plain = self.method.encoder(config, loaded, render)
-            if media is None:
-                return plain
-            assert isinstance(plain, Language), "a method that takes images encodes language"
-            return Seen(plain, media, partial(vision.lengths, processor))
+            if media is None or render is None:
+                return self.method.encoder(config, loaded, render)
+            sizes = Sizes(media, partial(vision.lengths, processor))
+            plain = self.method.encoder(config, loaded, spacious(render, processor.image_token, sizes))
+            return Seen(plain, vision.placeholder(processor), sizes)
 
         def tokenise() -> str:
             skipped = Skipped()

@@ -20,7 +20,7 @@ from trimtab_trainer.data.whole import Tokeniser
 
 def needs(asked: Classification) -> Needs:
     """What the method asks of rows."""
-    return Needs(answer=False, text_allowed=True, complete=partial(_labelled, asked))
+    return Needs(answer=False, text_allowed=True, images=True, complete=partial(_labelled, asked))
 
 
 def _labelled(asked: Classification, raw: Mapping[str, Any], standard: Row, where: str, row: int) -> Row:
@@ -82,7 +82,7 @@ class Labelled:
     def encode(self, rows: list[Row]) -> Iterator[Mapping[str, Sequence[float]]]:
         """The records of some rows."""
         for row, ids in zip(rows, self._tokeniser.rows(rows), strict=True):
-            for fitting in self._tokeniser.fit([ids]) or ():
+            for fitting in self._tokeniser.fit([ids], row) or ():
                 yield {"input_ids": fitting, TARGETS: [float(each) for each in row["label"]]}
 
     def conclude(self) -> Count:

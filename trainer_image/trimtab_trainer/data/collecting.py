@@ -101,8 +101,7 @@ class PartReader:
                 "Use method pretrain, set dataset.loss: all, or give conversations.",
             )
         row = standard(renamed, self._form, needs.answer, where, number, needs.text_allowed)
-        if needs.images:
-            row = media.attached(renamed, row, self._root, where, number)
+        row = media.seen(renamed, row, self._root, needs.images, where, number)
         return row if needs.complete is None else needs.complete(renamed, row, where, number)
 
 

@@ -152,10 +152,10 @@ class Related:
 
     def encode(self, rows: list[Row]) -> Iterator[Mapping[str, Sequence[float]]]:
         """The records of some rows; a row makes one for each text that it relates to its anchor."""
-        groups = [group for row in rows for group in self._groups(row)]
-        ids = iter(self._tokeniser.texts([text for texts, _ in groups for text in texts]))
-        for members, score in groups:
-            fitting = self._tokeniser.fit([next(ids) for _ in members])
+        groups = [(row, *group) for row in rows for group in self._groups(row)]
+        ids = iter(self._tokeniser.texts([text for _, texts, _ in groups for text in texts]))
+        for row, members, score in groups:
+            fitting = self._tokeniser.fit([next(ids) for _ in members], row)
             if fitting is not None:
                 yield {**joined(fitting), TARGETS: [score]}
 

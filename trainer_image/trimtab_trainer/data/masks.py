@@ -16,7 +16,7 @@ import jinja2
 
 from trimtab_api.conditions import Reason
 from trimtab_trainer.data.conversations import LEARNING
-from trimtab_trainer.data.rows import Row, parts_of
+from trimtab_trainer.data.rows import IMAGES, Row, parts_of
 from trimtab_trainer.endings import Fault
 
 Loss = Literal["all", "assistant", "lastTurn", "lastRound"]
@@ -73,11 +73,26 @@ def render_parts(row: Row, render: Render | None, learning: Learning) -> tuple[s
         wanted = [index for index in _wanted(row["messages"], learning.loss) if index >= since]
         return spoken.whole, [part for index in wanted for part in _answer(spoken, index, learning)]
     except jinja2.TemplateError as error:
-        raise Fault(
-            Reason.DATA_INVALID,
-            f"the chat template refuses a conversation that begins {_beginning(row['messages'])}: {error}",
-            "Correct the row, or set template.chatTemplate.",
-        ) from error
+        raise _refused(row, error) from error
+
+
+def render_prompt(row: Row, render: Render) -> str:
+    """The text of a standard row as a server renders it when it asks for the next answer.
+
+    Raises Fault(DataInvalid) when the template refuses the row.
+    """
+    try:
+        return _Conversation(row, render).before(len(row["messages"]))
+    except jinja2.TemplateError as error:
+        raise _refused(row, error) from error
+
+
+def _refused(row: Row, error: jinja2.TemplateError) -> Fault:
+    return Fault(
+        Reason.DATA_INVALID,
+        f"the chat template refuses a conversation that begins {_beginning(row['messages'])}: {error}",
+        "Correct the row, or set template.chatTemplate.",
+    )
 
 
 class _Conversation:
@@ -86,8 +101,9 @@ class _Conversation:
     def __init__(self, row: Row, render: Render):
         self.said = row["messages"]
         self._shown = [{key: value for key, value in each.items() if key not in LEARNING} for each in self.said]
-        if row.get("images"):
-            self._shown = [{**each, "content": parts_of(each["content"])} for each in self._shown]
+        if row.get(IMAGES):
+            names = iter(row[IMAGES])
+            self._shown = [{**each, "content": parts_of(each["content"], names)} for each in self._shown]
         self._render = render
         self._options = {"tools": row.get("tools"), **row.get("chat_template_kwargs", {})}
         self._whole: str | None = None

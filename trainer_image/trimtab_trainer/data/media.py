@@ -25,6 +25,11 @@ from trimtab_trainer.endings import Fault
 from trimtab_trainer.inputs import LocalData
 
 _COLUMNS = ("images", "image")
+_UNSEEN = ("videos", "audios")
+_SPOKEN = ("prompt", "messages", "chosen", "completion")
+"""Columns of messages, in the order in which they are said."""
+_AGAIN = ("rejected", "rejected_messages")
+"""Columns that may say the prompt again."""
 LARGEST = 178_956_970
 """Most pixels of an image: Pillow's own bound against images that unpack to more memory than there is."""
 
@@ -69,37 +74,57 @@ class Root:
 
 
 def tagged(raw: dict[str, Any]) -> dict[str, Any]:
-    """A raw row whose messages are lists of parts, with image parts as tags and their names in the column images."""
-    messages = raw.get("messages")
-    if not isinstance(messages, list):
-        return raw
+    """A raw row whose messages are lists of parts, with image parts as tags and their names in the column images.
+
+    A part without a name is one that the column images names already.
+    """
     names: list[str] = []
-    flat = [_flat(message, names) for message in messages]
-    return raw if not names else {**raw, "messages": flat, IMAGES: names}
+    flat = {column: _flat(raw[column], names) for column in _SPOKEN if isinstance(raw.get(column), list)}
+    for column in _AGAIN:
+        if isinstance(raw.get(column), list):
+            again: list[str] = []
+            messages = _flat(raw[column], again)
+            # Other images than the better answer's stay as they are written, and are refused as such.
+            flat |= {column: messages} if again in ([], names) else {}
+    return {**raw, **flat, **({IMAGES: names} if names else {})}
 
 
-def _flat(message: Any, names: list[str]) -> Any:
+def _flat(messages: list[Any], names: list[str]) -> list[Any]:
+    return [_without_parts(message, names) for message in messages]
+
+
+def _without_parts(message: Any, names: list[str]) -> Any:
     parts = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(parts, list) or not any(_named(part) for part in parts):
+    if not isinstance(parts, list) or not any(_shows(part) for part in parts):
         return message
     text = ""
     for part in parts:
-        name = _named(part)
-        if name is not None:
-            names.append(name)
+        if _shows(part):
             text += IMAGE_TAG
+            names += [name for name in [_name(part)] if name is not None]
         elif isinstance(part, dict):
             text += str(part.get("text", ""))
     return {**message, "content": text}
 
 
-def _named(part: Any) -> str | None:
+def _shows(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") in ("image", "image_url")
+
+
+def _name(part: dict[str, Any]) -> str | None:
     """The name in an image part: {"type": "image", "image": ...} or OpenAI's {"type": "image_url", ...}."""
-    if not isinstance(part, dict) or part.get("type") not in ("image", "image_url"):
-        return None
     found = part.get("image", part.get("url", part.get("image_url")))
     found = found.get("url") if isinstance(found, dict) else found
     return found if isinstance(found, str) else None
+
+
+def seen(raw: Mapping[str, Any], row: Row, root: Root | None, looks: bool, where: str, number: int) -> Row:
+    """The standard row as a method takes it that looks at images, or does not.
+
+    Raises Fault(DataInvalid) for what it brings and nobody looks at, and what `attached` raises.
+    """
+    _see_none(raw, _UNSEEN if looks else (*_COLUMNS, *_UNSEEN), where, number)
+    return attached(raw, row, root, where, number) if looks else row
 
 
 def attached(raw: Mapping[str, Any], row: Row, root: Root | None, where: str, number: int) -> Row:
@@ -120,6 +145,19 @@ def attached(raw: Mapping[str, Any], row: Row, root: Root | None, where: str, nu
         hint = f"Write {IMAGE_TAG} into a message for each image, in their order."
         raise broken(where, number, f"'images' names {len(names)}, the messages show {tags} {IMAGE_TAG}", hint)
     return {**row, IMAGES: [root.name(name, where, number) for name in names]}
+
+
+def _see_none(raw: Mapping[str, Any], columns: Iterable[str], where: str, number: int) -> None:
+    """Raise Fault(DataInvalid) when a row brings what is not looked at."""
+    for column in columns:
+        if raw.get(column):
+            raise broken(where, number, f"'{column}' is given, and this method does not look at it", "Leave it out.")
+
+
+def see_prompt_alone(row: Row, answers: Iterable[Mapping[str, Any]], where: str, number: int) -> None:
+    """Raise Fault(DataInvalid) when an answer shows an image, where images belong to the prompt."""
+    if row.get(IMAGES) and any(IMAGE_TAG in str(answer.get("content", "")) for answer in answers):
+        raise broken(where, number, f"an answer shows an {IMAGE_TAG}", "Show images in the prompt.")
 
 
 def see_unpacked(dataset: Dataset) -> None:

@@ -17,6 +17,7 @@ from trimtab_trainer.data import conversations
 from trimtab_trainer.data.collecting import Needs
 from trimtab_trainer.data.conversations import LEARNING, Message, Place, parsed
 from trimtab_trainer.data.masks import Render
+from trimtab_trainer.data.media import see_prompt_alone
 from trimtab_trainer.data.reading import broken
 from trimtab_trainer.data.rows import MESSAGES, QUERY, SHAREGPT, Row, see_turns, string
 from trimtab_trainer.data.sequences import Count, Shaping, fit, judge, labels, weighed
@@ -32,12 +33,12 @@ _PAIR_HINT = (
 
 def pairs_needed() -> Needs:
     """What a method asks of rows that compares two answers."""
-    return Needs(answer=True, text_allowed=True, reshape=_from_chosen, complete=_pair)
+    return Needs(answer=True, text_allowed=True, reshape=_from_chosen, images=True, complete=_pair)
 
 
 def judgements_needed() -> Needs:
     """What a method asks of rows that learns from single answers, each good or bad; pairs are taken apart."""
-    return Needs(answer=True, text_allowed=True, reshape=_from_completion, complete=_judgement)
+    return Needs(answer=True, text_allowed=True, reshape=_from_completion, images=True, complete=_judgement)
 
 
 def sides(row: Row) -> list[Row]:
@@ -122,6 +123,7 @@ def _pair(raw: Mapping[str, Any], standard: Row, where: str, row: int) -> Row:
     other = _rejected(raw, standard["messages"], where, row)
     since = _first_difference(standard["messages"], other, where, row)
     _see_unweighted([*standard["messages"], *other], where, row)
+    see_prompt_alone(standard, [*standard["messages"][since:], *other[since:]], where, row)
     return {**standard, "rejected": other, "answers_from": since}
 
 
@@ -186,6 +188,7 @@ def _judgement(raw: Mapping[str, Any], standard: Row, where: str, row: int) -> R
         _see_unweighted(messages, where, row)
         # Its own system prompt, when a row brings one, was put before what its columns say.
         since = len(messages) - (len(raw["messages"]) - raw["answers_from"] if "answers_from" in raw else 1)
+        see_prompt_alone(standard, messages[since:], where, row)
         return {**standard, "answers_from": since, "label": label}
     if "answers_from" not in raw:
         raise broken(where, row, "plain text does not tell where the answer begins", "Give prompt and completion.")
@@ -213,9 +216,9 @@ class Pairs:
         """The records of some rows."""
         both = [side for row in rows for side in sides(row)]
         sequences = list(weighed(both, self._tokenizer, self._render, self._shaping, self._count))
-        for pair in zip(sequences[::2], sequences[1::2], strict=True):
+        for row, better, other in zip(rows, sequences[::2], sequences[1::2], strict=True):
             self._count.rows += 1
-            for chosen, rejected in _fit_both(*pair, self._shaping, self._count):
+            for chosen, rejected in _fit_both(better, other, self._shaping.of_row(row), self._count):
                 self._count.keep(chosen[1])
                 self._count.keep(rejected[1])
                 parts = (chosen[0], labels(*chosen), rejected[0], labels(*rejected))
@@ -263,9 +266,9 @@ class Judgements:
         """The records of some rows; a pair makes two."""
         judged = [(side, row.get("label", not place)) for row in rows for place, side in enumerate(sides(row))]
         sequences = weighed([side for side, _ in judged], self._tokenizer, self._render, self._shaping, self._count)
-        for sequence, (_, label) in zip(sequences, judged, strict=True):
+        for sequence, (row, label) in zip(sequences, judged, strict=True):
             self._count.rows += 1
-            for ids, counts in fit(*sequence, self._shaping, self._count):
+            for ids, counts in fit(*sequence, self._shaping.of_row(row), self._count):
                 if not any(counts[1:]):
                     self._count.deleted += 1
                     continue

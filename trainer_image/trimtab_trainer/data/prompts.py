@@ -14,27 +14,29 @@ from typing import Any
 from trimtab_api.conditions import Reason
 from trimtab_api.contract import RunConfig
 from trimtab_trainer.data.collecting import Needs
-from trimtab_trainer.data.masks import Render, render_row
+from trimtab_trainer.data.masks import Render, render_prompt, render_row
+from trimtab_trainer.data.media import see_prompt_alone
 from trimtab_trainer.data.reading import broken
-from trimtab_trainer.data.rows import Row
+from trimtab_trainer.data.rows import IMAGES, Row
 from trimtab_trainer.data.sequences import Count, Truncation
 from trimtab_trainer.endings import Fault
 
 PROMPT, ANSWER, ROW = "prompt", "answer", "row"
 """Columns of a record: token ids of the prompt and of the row's own answer, and the rest as UTF-8 bytes of JSON."""
-_CONVERSATION = {"messages", "conversations", "conversation", "tools", "history", "system", "chat_template_kwargs"}
+_CONVERSATION = {
+    *("messages", "conversations", "conversation", "tools", "history", "system", "chat_template_kwargs"),
+    *("images", "image"),
+}
 """Columns that make the conversation; a reward gets it as such."""
 
-_MEDIA = ("images", "videos", "audios")
 
+def needed(*columns: str, answer: bool = False, images: bool = False) -> Needs:
+    """Rows with a prompt and these further columns; `answer`: also with an answer to it.
 
-def needed(*columns: str, answer: bool = False) -> Needs:
-    """Rows with a prompt and these further columns; `answer`: also with an answer to it."""
+    `images`: the prompt may show some.
+    """
 
     def complete(raw: Mapping[str, Any], standard: Row, where: str, row: int) -> Row:
-        for column in _MEDIA:
-            if raw.get(column):
-                raise broken(where, row, f"'{column}' is given, and this method looks at text alone")
         for column in columns:
             if raw.get(column) is None:
                 raise broken(where, row, f"'{column}' is not there, and a reward of this job reads it")
@@ -43,7 +45,8 @@ def needed(*columns: str, answer: bool = False) -> Needs:
         prompt = messages[:-1] if answered else messages
         if not prompt or prompt[-1]["role"] not in ("user", "tool"):
             raise broken(where, row, "there is no turn of the user to answer at its end")
-        known = {name: value for name, value in raw.items() if name not in _CONVERSATION}
+        see_prompt_alone(standard, messages[len(prompt) :], where, row)
+        known = {name: value for name, value in raw.items() if name in columns or name not in _CONVERSATION}
         return {
             **standard,
             "messages": prompt,
@@ -52,7 +55,7 @@ def needed(*columns: str, answer: bool = False) -> Needs:
             "columns": json.loads(json.dumps(known, default=str)),
         }
 
-    return Needs(answer=answer, text_allowed=False, complete=complete)
+    return Needs(answer=answer, text_allowed=False, images=images, complete=complete)
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class Prompts:
         for row in rows:
             self._count.rows += 1
             text, answer = self._texts(row)
-            prompt = self._fit(self._ids(text))
+            prompt = self._fit(self._ids(text), row)
             if prompt is None:
                 self._count.deleted += 1
                 continue
@@ -121,8 +124,7 @@ class Prompts:
             whole, spans = render_row({**row, "messages": [*row["messages"], row[ANSWER]]}, self._render, "lastTurn")
             start, end = spans[-1]
             return whole[:start], whole[start:end]
-        options = row.get("chat_template_kwargs", {})
-        return self._render(row["messages"], tools=row.get("tools"), add_generation_prompt=True, **options), ""
+        return render_prompt(row, self._render), ""
 
     def _ids(self, text: str) -> list[int]:
         if not text:
@@ -130,10 +132,10 @@ class Prompts:
         found = self._tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         return list(found)
 
-    def _fit(self, prompt: list[int]) -> list[int] | None:
+    def _fit(self, prompt: list[int], row: Row) -> list[int] | None:
         if len(prompt) <= self._limit:
             return prompt
-        if self._truncation != "left":
+        if self._truncation != "left" or row.get(IMAGES):
             return None
         self._count.cut += 1
         return prompt[-self._limit :]

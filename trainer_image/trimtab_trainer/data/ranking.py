@@ -29,7 +29,7 @@ _NEGATIVES = re.compile(r"negatives?(_\d+)?|neg")
 
 def needs(asked: Reranker) -> Needs:
     """What the method asks of rows."""
-    return Needs(answer=False, text_allowed=False, complete=partial(_ranked, asked))
+    return Needs(answer=False, text_allowed=False, images=True, complete=partial(_ranked, asked))
 
 
 def _ranked(asked: Reranker, raw: Mapping[str, Any], standard: Row, where: str, row: int) -> Row:
@@ -93,8 +93,8 @@ class Ranked:
             for document in group["documents"]
         ]
         ids = iter(self._tokeniser.rows(whole))
-        for _, group in groups:
-            fitting = self._tokeniser.fit([next(ids) for _ in group["documents"]])
+        for row, group in groups:
+            fitting = self._tokeniser.fit([next(ids) for _ in group["documents"]], row)
             if fitting is not None:
                 yield {**joined(fitting), TARGETS: group["scores"]}
 

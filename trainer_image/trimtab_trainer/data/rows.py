@@ -6,7 +6,7 @@ this room knows of formats. A message of the assistant may hold "loss" and "weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 from trimtab_trainer.data import conversations
@@ -176,12 +176,12 @@ def string(raw: Mapping[str, Any], column: str, where: str, row: int) -> str:
     return value
 
 
-def parts_of(text: str) -> list[dict[str, str]]:
-    """A message's text as the parts that templates of models with vision take."""
+def parts_of(text: str, names: Iterator[str]) -> list[dict[str, str]]:
+    """A message's text as the parts that templates of models with vision take; `names` of images that come next."""
     parts: list[dict[str, str]] = []
     for number, piece in enumerate(text.split(IMAGE_TAG)):
         if number:
-            parts.append({"type": "image"})
+            parts.append({"type": "image", "image": next(names, "")})
         if piece:
             parts.append({"type": "text", "text": piece})
     return parts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -14,7 +14,7 @@ from trimtab_api.contract import RunConfig
 from trimtab_trainer.data.collecting import rows_of
 from trimtab_trainer.data.masks import Learning, Loss, Part, Render, render_parts, weights
 from trimtab_trainer.data.reading import Spoiled, strictly
-from trimtab_trainer.data.rows import Row
+from trimtab_trainer.data.rows import IMAGES, Row
 from trimtab_trainer.endings import Fault
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,10 @@ class Shaping:
             dataset.tool_call_weight,
             dataset.ignore_empty_think,
         )
+
+    def of_row(self, row: Row) -> Shaping:
+        """For one row: what shows images is kept whole or deleted; cut, it would show half an image."""
+        return replace(self, truncation="delete") if row.get(IMAGES) else self
 
     @property
     def learning(self) -> Learning:
@@ -168,13 +172,10 @@ class Language:
 
     def encode(self, rows: list[Row]) -> Iterator[dict[str, Sequence[float]]]:
         """See Encoder."""
-        yield from self.records(rows, self.shaping)
-
-    def records(self, rows: list[Row], shaping: Shaping) -> Iterator[dict[str, Sequence[float]]]:
-        """The records of some rows, shaped so."""
-        for row in weighed(rows, self.tokenizer, self.render, shaping, self._count):
+        sequences = weighed(rows, self.tokenizer, self.render, self.shaping, self._count)
+        for row, sequence in zip(rows, sequences, strict=True):
             self._count.rows += 1
-            for ids, counts in fit(*row, shaping, self._count):
+            for ids, counts in fit(*sequence, self.shaping.of_row(row), self._count):
                 self._count.keep(counts)
                 yield {
                     "input_ids": ids,

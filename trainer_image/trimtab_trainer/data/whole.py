@@ -10,7 +10,7 @@ from typing import Any
 from trimtab_api.conditions import Reason
 from trimtab_api.contract import RunConfig
 from trimtab_trainer.data.masks import Render, render_row
-from trimtab_trainer.data.rows import Row
+from trimtab_trainer.data.rows import IMAGES, Row
 from trimtab_trainer.data.sequences import Count, Truncation
 from trimtab_trainer.endings import Fault
 
@@ -54,12 +54,15 @@ class Tokeniser:
         found = self.tokenizer(texts, return_attention_mask=False, **cut)["input_ids"]
         return [list(each) for each in found]
 
-    def fit(self, sequences: list[list[int]]) -> list[list[int]] | None:
-        """Sequences that belong together, each cut to the limit; None when they are left out."""
+    def fit(self, sequences: list[list[int]], row: Row) -> list[list[int]] | None:
+        """Sequences of one row that belong together, each cut to the limit; None when they are left out.
+
+        What shows images is never cut: it would show half an image.
+        """
         self.count.rows += 1
         if all(len(ids) <= self.max_length for ids in sequences):
             fitting = sequences
-        elif self.truncation == "delete":
+        elif self.truncation == "delete" or row.get(IMAGES):
             self.count.deleted += 1
             return None
         else:

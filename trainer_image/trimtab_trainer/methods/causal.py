@@ -18,6 +18,7 @@ from trimtab_trainer.data.streaming import Cursor, Loader, Stream
 from trimtab_trainer.methods.documents import TOKENS, Apart, Documents
 from trimtab_trainer.methods.observed import Observed
 from trimtab_trainer.methods.parts import Parts
+from trimtab_trainer.methods.vision import SeeingCollator, sight
 
 
 class Collator:
@@ -122,12 +123,8 @@ def causal(parts: Parts) -> CausalTrainer:
 
 def _collator(parts: Parts) -> Any:
     dataset, pad = parts.config.spec.dataset, parts.tokenizer.pad_token_id
-    if parts.media is not None:
-        from trimtab_trainer.methods.vision import SeeingCollator
-
-        return SeeingCollator(parts.processor, parts.media, pad)
     if dataset.packing is not None or dataset.padding_free:
         # Flash attention tells documents apart in a batch of one row alone.
         flash = "flash" in str(parts.model.config._attn_implementation)
         return Documents(pad, joined=dataset.padding_free or flash)
-    return Collator(pad)
+    return SeeingCollator(Collator(pad), sight(parts))

@@ -16,7 +16,9 @@ from trimtab_trainer.arguments import common, precision
 from trimtab_trainer.data.prompts import ANSWER, PROMPT
 from trimtab_trainer.methods.gkd import knobs
 from trimtab_trainer.methods.parts import Parts
+from trimtab_trainer.methods.vision import sight, unsayable
 from trimtab_trainer.model import loading
+from trimtab_trainer.model.vision import see_sight
 from trimtab_trainer.rollout import divergence
 from trimtab_trainer.rollout.engine import Sampling, pad_left, pad_right
 from trimtab_trainer.rollout.fit import see_room
@@ -85,7 +87,8 @@ class DistillingTrainer(RoundTrainer):
     def _distance(self, model: Any, sequences: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed over the answers' tokens: the divergence from the teacher, and the negative log-likelihood."""
         asked, keep = self._asked, sequences["answer"].shape[1]
-        seen = {"input_ids": sequences["ids"], "attention_mask": sequences["attention"], "logits_to_keep": keep + 1}
+        batch = self.look({"input_ids": sequences["ids"], "attention_mask": sequences["attention"]})
+        seen = {**batch, "logits_to_keep": keep + 1}
         student = model(**seen).logits[:, :-1]
         with torch.no_grad(), self.accelerator.autocast():
             teacher = self._teacher(**seen).logits[:, :-1]
@@ -120,14 +123,18 @@ def distilling(parts: Parts) -> DistillingTrainer:
     dtype = getattr(torch, precision(parts.config))
     teacher = loading.load(parts.further[inputs.GKD_TEACHER], inputs.GKD_TEACHER, dtype)
     loading.see_vocabulary(teacher, parts.tokenizer, inputs.GKD_TEACHER)
+    if parts.media is not None:
+        see_sight(parts.further[inputs.GKD_TEACHER], inputs.GKD_TEACHER)
     return DistillingTrainer(
         asked=asked,
         teacher=teacher.eval().requires_grad_(False),
+        look=sight(parts),
         sampling=Sampling(
             longest=asked.max_completion_length,
             temperature=asked.temperature,
             stops=parts.stops,
             pad=parts.tokenizer.pad_token_id,
+            never=unsayable(parts),
         ),
         model=parts.model,
         args=RoundArguments(**common(parts.config, parts.folder, validated=parts.validation is not None)),

@@ -21,6 +21,7 @@ from trimtab_trainer.inputs import Pins
 from trimtab_trainer.methods.grpo import knobs
 from trimtab_trainer.methods.observed import Observed
 from trimtab_trainer.methods.parts import Parts
+from trimtab_trainer.methods.vision import Sight, sight, unsayable
 from trimtab_trainer.rewards import Reward, Said, written
 from trimtab_trainer.rewards.judged import Judged
 from trimtab_trainer.rewards.written import Written
@@ -41,10 +42,11 @@ class GroupedArguments(UnnumberedCpu, GRPOConfig):
 class GroupedTrainer(Referring, Observed, Holding, GRPOTrainer):
     """GRPOTrainer that asks the room's engine."""
 
-    def __init__(self, engine: Sampling, order: InOrder, **parts: Any):
+    def __init__(self, engine: Sampling, order: InOrder, look: Sight, **parts: Any):
         super().__init__(**parts)
         self._order = order
-        self.engine: Engine = OwnModel(self, engine)
+        self._look = look
+        self.engine: Engine = OwnModel(self, engine, look)
 
     def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return prompts, None, {}
@@ -54,6 +56,14 @@ class GroupedTrainer(Referring, Observed, Holding, GRPOTrainer):
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         spoken = self.engine.generate(prompt_ids)
         return spoken.answers, spoken.log_probs
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *asked: Any, **how: Any) -> Any:
+        """The library's, of a model that is shown what the ids say."""
+
+        def seeing(input_ids: torch.Tensor, **more: Any) -> Any:
+            return model(**self._look({"input_ids": input_ids}), **more)
+
+        return super()._get_per_token_logps_and_entropies(seeing, *asked, **how)
 
     def _get_train_sampler(self, dataset: Any = None) -> Rounds:
         args: Any = self.args
@@ -121,8 +131,10 @@ def grouped(parts: Parts) -> GroupedTrainer:
             top_p=asked.top_p,
             stops=parts.stops,
             pad=parts.tokenizer.pad_token_id,
+            never=unsayable(parts),
         ),
         order=order,
+        look=sight(parts),
         model=parts.model,
         args=_arguments(parts, asked),
         reward_funcs=_rewards(parts, asked),

@@ -34,7 +34,9 @@ class GroupRelative:
                 "(training.perDeviceBatchSize x training.gradientAccumulationSteps x processes)",
                 "Leave training.gradientAccumulationSteps out, or choose it so that it does.",
             )
-        return prompts.needed(*_columns_read(config))
+        # A reward model reads conversations as text.
+        images = all(reward.reward_model is None for reward in asked.rewards)
+        return prompts.needed(*_columns_read(config), images=images)
 
     def encoder(self, config: RunConfig, tokenizer: Any, render: Render | None) -> Encoder:
         """Prompts as a server would be asked them."""

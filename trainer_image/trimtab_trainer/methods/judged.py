@@ -15,6 +15,7 @@ from trimtab_trainer.data.sequences import IGNORED
 from trimtab_trainer.methods.paired import padded
 from trimtab_trainer.methods.parts import Parts
 from trimtab_trainer.methods.reference import Compared, reference
+from trimtab_trainer.methods.vision import SeeingCollator, sight
 
 
 class JudgedArguments(UnnumberedCpu, KTOConfig):
@@ -86,7 +87,9 @@ def judged(parts: Parts) -> JudgedTrainer:
         ),
         model=parts.model,
         ref_model=reference(parts),
-        data_collator=JudgedCollator(parts.tokenizer.pad_token_id, config.spec.dataset.max_length),
+        data_collator=SeeingCollator(
+            JudgedCollator(parts.tokenizer.pad_token_id, config.spec.dataset.max_length), sight(parts)
+        ),
         train_dataset=parts.train,
         eval_dataset=parts.validation,
         processing_class=parts.tokenizer,

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 from trl.trainer.reward_config import RewardConfig
-from trl.trainer.reward_trainer import RewardTrainer
+from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
 
 from trimtab_api.v1alpha1.heads import Reranker
 from trimtab_trainer.arguments import UnnumberedCpu, common
@@ -18,6 +18,7 @@ from trimtab_trainer.data.whole import parted
 from trimtab_trainer.methods import metrics
 from trimtab_trainer.methods.observed import Observed
 from trimtab_trainer.methods.parts import Parts
+from trimtab_trainer.methods.vision import SeeingCollator, sight
 from trimtab_trainer.model.heads import ScalarHead, head_of
 
 
@@ -62,6 +63,7 @@ def rewarding(parts: Parts) -> RewardingTrainer:
     return RewardingTrainer(
         model=parts.model,
         args=arguments,
+        data_collator=SeeingCollator(DataCollatorForPreference(parts.tokenizer.pad_token_id), sight(parts)),
         train_dataset=parts.train,
         eval_dataset=parts.validation,
         processing_class=parts.tokenizer,
@@ -111,7 +113,7 @@ def labelling(parts: Parts) -> WholeTrainer:
     return WholeTrainer(
         model=parts.model,
         args=whole_arguments(parts, "labels"),
-        data_collator=LabelCollator(parts.tokenizer.pad_token_id, head),
+        data_collator=SeeingCollator(LabelCollator(parts.tokenizer.pad_token_id, head), sight(parts)),
         train_dataset=parts.train,
         eval_dataset=parts.validation,
         processing_class=parts.tokenizer,
@@ -149,7 +151,8 @@ class RankingTrainer(WholeTrainer):
     ) -> Any:
         """The loss; with the outputs, scores [queries, documents] as well."""
         relevance = inputs["relevance"]
-        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, 0].float()
+        asked = {name: value for name, value in inputs.items() if name != "relevance"}
+        logits = model(**asked).logits[:, 0].float()
         loss = ranking_loss(logits, relevance, self.asked)
         if not return_outputs:
             return loss
@@ -177,7 +180,7 @@ def ranking(parts: Parts) -> RankingTrainer:
     trainer = RankingTrainer(
         model=parts.model,
         args=whole_arguments(parts, "relevance"),
-        data_collator=RankingCollator(parts.tokenizer.pad_token_id),
+        data_collator=SeeingCollator(RankingCollator(parts.tokenizer.pad_token_id), sight(parts)),
         train_dataset=parts.train,
         eval_dataset=parts.validation,
         processing_class=parts.tokenizer,

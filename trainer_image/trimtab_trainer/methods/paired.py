@@ -15,6 +15,7 @@ from trimtab_trainer.arguments import UnnumberedCpu, common
 from trimtab_trainer.data.sequences import IGNORED
 from trimtab_trainer.methods.parts import Parts
 from trimtab_trainer.methods.reference import Compared, reference
+from trimtab_trainer.methods.vision import SeeingCollator, sight
 
 _LOSSES = {
     "exoPair": "exo_pair",
@@ -80,7 +81,7 @@ def pair_parts(parts: Parts) -> dict[str, Any]:
     """What every pairwise trainer is made of, beside its arguments."""
     return {
         "model": parts.model,
-        "data_collator": PairCollator(parts.tokenizer.pad_token_id),
+        "data_collator": SeeingCollator(PairCollator(parts.tokenizer.pad_token_id), sight(parts)),
         "train_dataset": parts.train,
         "eval_dataset": parts.validation,
         "processing_class": parts.tokenizer,

@@ -10,6 +10,7 @@ from trimtab_trainer.arguments import weight_dtype
 from trimtab_trainer.methods.observed import Observed
 from trimtab_trainer.methods.parts import Parts
 from trimtab_trainer.model import loading
+from trimtab_trainer.model.vision import see_sight
 
 COPY = "ref"
 """What TRL names the copy of an adapter that it holds a tuned adapter against."""
@@ -26,6 +27,8 @@ def reference(parts: Parts, field: str | None = None, precomputed: bool = False)
         assert field is not None
         assert parts.base is not None
         loading.see_same_vocabulary(parts.base.path, named.path, field, named.reference)
+        if parts.media is not None:
+            see_sight(named, field)
         return loading.load(named, field, weight_dtype(parts.config))
     if precomputed or parts.config.resolved.tuner_type == "lora":
         return None

@@ -26,8 +26,8 @@ class Compared:
     def encode(self, rows: list[Row]) -> Iterator[Mapping[str, Sequence[float]]]:
         """The records of some rows."""
         ids = iter(self._tokeniser.rows([side for row in rows for side in preference.sides(row)]))
-        for both in zip(ids, ids, strict=True):
-            fitting = self._tokeniser.fit(list(both))
+        for row, *both in zip(rows, ids, ids, strict=True):
+            fitting = self._tokeniser.fit(both, row)
             if fitting is not None:
                 yield dict(zip(self.columns, fitting, strict=True))
 

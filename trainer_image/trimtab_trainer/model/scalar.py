@@ -23,10 +23,12 @@ from typing import Any
 from trimtab_api.conditions import Reason
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.inputs import ADAPTER_CONFIG, LocalModel
+from trimtab_trainer.model import loading, vision
 from trimtab_trainer.model import tokenizer as tokenizers
 from trimtab_trainer.model.loading import architecture
 from trimtab_trainer.template import ChatTemplate
 
+_SCORE = "score.weight"
 Conversation = list[dict[str, Any]]
 """Messages with role and content; a reward is given for the last one."""
 _HEAD = re.compile(r"base_model\.model\.(score|classifier)(\.\w+)*\.weight")
@@ -177,8 +179,13 @@ def _open(
             f"{field} {local.reference}: its head has {own} outputs, {labels} are wanted",
             "Start from a model without a head, or correct classification.numLabels.",
         )
+    kind: Any = AutoModelForSequenceClassification
+    if vision.sees(local.path):
+        kind = vision.scalar_class(local.path, field)
+        if own is None:
+            return _above(loading.load(local, field, dtype), kind, labels, more), {_SCORE}
     try:
-        opened: Any = AutoModelForSequenceClassification.from_pretrained(
+        opened: Any = kind.from_pretrained(
             local.path,
             dtype=dtype,
             num_labels=labels,
@@ -192,6 +199,26 @@ def _open(
         raise Fault(Reason.MODEL_INVALID, f"{field} {local.reference} opens with no scalar head: {first}") from error
     model, info = opened
     return model, set(info["missing_keys"])
+
+
+def _above(generation: Any, kind: Any, labels: int, more: dict[str, Any]) -> Any:
+    """A fresh head on the backbone of a model that sees and writes.
+
+    Its own class reads its files: transformers converts weights' names by the class that they were published for.
+    """
+    import torch
+
+    config = generation.config
+    config.update({"num_labels": labels, **more})
+    with torch.device("meta"):
+        model = kind(config)
+    backbone = getattr(generation, model.base_model_prefix)
+    setattr(model, model.base_model_prefix, backbone)
+    model.score = torch.nn.Linear(config.get_text_config().hidden_size, labels, bias=False, dtype=generation.dtype)
+    model._init_weights(model.score)
+    empty = [name for name, weight in model.named_parameters() if weight.is_meta]
+    assert not empty, f"{empty[:3]} are neither the backbone's nor the head"
+    return model
 
 
 def _whole(local: LocalModel, field: str, dtype: Any) -> Any:

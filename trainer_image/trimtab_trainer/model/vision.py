@@ -10,12 +10,20 @@ from typing import Any
 
 from trimtab_api.conditions import Reason
 from trimtab_trainer.endings import Fault
+from trimtab_trainer.inputs import LocalModel
 
 
 def sees(folder: Path) -> bool:
     """Whether the model in a folder takes images."""
     path = folder / "config.json"
     return path.is_file() and "vision_config" in json.loads(path.read_text())
+
+
+def see_sight(local: LocalModel, field: str) -> None:
+    """Raise Fault(ModelInvalid) when a model beside the tuned one takes no images, and the rows show some."""
+    if not sees(local.path):
+        problem = f"{field} {local.reference}: the rows show images and the model has no vision"
+        raise Fault(Reason.MODEL_INVALID, problem, "Name a model that sees.")
 
 
 def load_processor(folder: Path, tokenizer: Any, field: str) -> Any:
@@ -35,6 +43,42 @@ def load_processor(folder: Path, tokenizer: Any, field: str) -> Any:
         raise Fault(Reason.MODEL_INVALID, f"{field}: the processor knows no placeholder for an image")
     processor.tokenizer = tokenizer
     return processor
+
+
+def scalar_class(folder: Path, field: str) -> Any:
+    """The class of a model that sees and answers with numbers: transformers' own, or its generic head on the backbone.
+
+    Raises Fault(ModelInvalid) when transformers knows no backbone of that kind.
+    """
+    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+    from transformers.modeling_layers import GenericForSequenceClassification
+
+    kind: Any = type(AutoConfig.from_pretrained(folder, local_files_only=True))
+    own: Any = AutoModelForSequenceClassification._model_mapping
+    if kind in own:
+        return own[kind]
+    backbones: Any = AutoModel._model_mapping
+    if kind not in backbones:
+        raise Fault(Reason.MODEL_INVALID, f"{field}: no head of numbers goes on a {kind.model_type} model")
+    family = next(
+        each
+        for each in backbones[kind].__mro__
+        if each.__name__.endswith("PreTrainedModel") and each is not PreTrainedModel
+    )
+    name = family.__name__.removesuffix("PreTrainedModel") + "ForSequenceClassification"
+    return type(name, (GenericForSequenceClassification, family), {"config_class": kind})
+
+
+def placeholder(processor: Any) -> int:
+    """The token that stands for an image until it is prepared."""
+    token: Any = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    return int(token)
+
+
+def placeholders(processor: Any) -> list[int]:
+    """The tokens that stand for images and videos."""
+    known = [getattr(processor, name, None) for name in ("image_token", "video_token")]
+    return [int(processor.tokenizer.convert_tokens_to_ids(token)) for token in known if token is not None]
 
 
 def lengths(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[int]:

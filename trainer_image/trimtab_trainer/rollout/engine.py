@@ -11,6 +11,8 @@ from transformers import GenerationConfig
 from trl.distributed import DistributedBackend
 from trl.models.utils import unwrap_model_for_generation
 
+from trimtab_trainer.methods.vision import Sight
+
 TokenIds = Sequence[int]
 
 
@@ -25,6 +27,8 @@ class Sampling:
     """Tokens that end an answer; the one that ended it is its last."""
     pad: int
     top_p: float = 1.0
+    never: Sequence[int] = ()
+    """Tokens that an answer has none of: what stands for an image would want one."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,9 @@ class Engine(Protocol):
 class OwnModel:
     """The trained model draws for itself, through transformers. Its randomness is torch's, so a checkpoint holds it."""
 
-    def __init__(self, trainer: Any, sampling: Sampling):
+    def __init__(self, trainer: Any, sampling: Sampling, look: Sight):
         self._trainer = trainer
+        self._look = look
         self._sampling = sampling
         self._settings: dict[str, Any] = {
             "max_new_tokens": sampling.longest,
@@ -63,6 +68,7 @@ class OwnModel:
             "top_k": 0,
             "min_p": None,
             "repetition_penalty": 1.0,
+            "suppress_tokens": list(sampling.never) or None,
             "eos_token_id": list(sampling.stops),
             "pad_token_id": sampling.pad,
         }
@@ -71,6 +77,7 @@ class OwnModel:
         """See Engine."""
         trainer = self._trainer
         ids, mask = pad_left(prompts, self._sampling.pad, trainer.args.device)
+        asked = self._look({"input_ids": ids, "attention_mask": mask})
         with (
             # The model's own settings would fill in whatever equals a library default: all of them are replaced.
             unwrap_model_for_generation(
@@ -86,7 +93,7 @@ class OwnModel:
             training = model.training
             model.eval()
             settings = GenerationConfig(**self._settings, disable_compile=True)
-            whole = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+            whole = model.generate(**asked, generation_config=settings)
             model.train(training)
         drawn = whole[:, ids.shape[1] :].tolist()
         return Spoken([self._ended(answer) for answer in drawn], None)

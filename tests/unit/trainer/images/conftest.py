@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
-from tests.unit.trainer.conftest import conversation
+from tests.unit.trainer.conftest import conversation, lines, run_config, training
+from trimtab_api.contract import Ending, ModelInput, ProgressReport
+from trimtab_api.v1alpha1.finetunejob import FineTuneJobSpec
+from trimtab_trainer.distributed import Group, Place
 from trimtab_trainer.model import tokenizer
+from trimtab_trainer.notice import Notice
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+transformers.logging.disable_progress_bar()
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 SIDE = 56
@@ -94,3 +107,117 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+# ------------------------------------------------------------ runs in this process
+
+SHADES = range(-28, 29, 8)
+UNSEEN = (-24, -8, 8, 24)
+"""Shades of held-out images."""
+Rows = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_threads() -> Iterator[None]:
+    """Tiny matrices are slower on many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def shown(colour: str, shade: int, answer: str | None = None) -> dict[str, Any]:
+    """A question about an image, with an answer or without."""
+    written = "data:image/png;base64," + base64.b64encode(painted(colour, shade)).decode()
+    return {**conversation(QUESTION, *([] if answer is None else [answer])), "images": [written]}
+
+
+def others(colour: str) -> list[str]:
+    """The colours that it is not."""
+    return [each for each in COLOURS if each != colour]
+
+
+class Quiet:
+    """Reports to nobody."""
+
+    def report(self, report: ProgressReport) -> None:
+        """See Reporter."""
+
+    def close(self) -> None:
+        """See Reporter."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A run that ended well."""
+
+    ending: Ending
+    output: Path
+
+    @property
+    def folder(self) -> Path:
+        """What it published."""
+        return self.output / "artifact"
+
+    def logged(self, key: str) -> list[float]:
+        """A metric at each log line."""
+        entries = json.loads((self.output / "report/history.json").read_text())
+        return [entry[key] for entry in entries if key in entry]
+
+
+def run_here(
+    method: str,
+    rows: Rows,
+    output: Path,
+    base: Path,
+    held_out: Sequence[dict[str, Any]] = (),
+    further: dict[str, Path] | None = None,
+    **fields: Any,
+) -> Done:
+    """A job in this process, on inline rows."""
+    from trimtab_trainer.run import Run
+
+    asked = {
+        "train": [{"from": {"inline": lines(rows)}}],
+        "validation": [{"from": {"inline": lines(list(held_out))}}] if held_out else [],
+        "maxLength": 64,
+        **fields.pop("dataset", {}),
+    }
+    steps = {"perDeviceBatchSize": 12, "weightDecay": 0, **fields.pop("training", {})}
+    document = {"method": method, "model": {"from": {"fineTuneJob": {"name": "base"}}}, "dataset": asked, **fields}
+    wanted = FineTuneJobSpec.model_validate({**document, "training": training(**steps)})
+    beside = [
+        ModelInput(field=field, reference=f"fineTuneJob/{folder.parent.name}", path=str(folder))
+        for field, folder in (further or {}).items()
+    ]
+    config = run_config(wanted, output, name=output.name, model=base, further=beside)
+    group = Group(Place(0, 0, 1, 1), 1, 60)
+    return Done(Run(config, group, output.with_name(output.name + "-work"), Notice(), Quiet())(), output)
+
+
+Tune = Callable[..., Done]
+
+
+@pytest.fixture
+def tune(mistaken: Path, tmp_path: Path) -> Tune:
+    """Run a job on the mistaken base."""
+
+    def run(method: str, rows: Rows, *held_out: dict[str, Any], name: str = "out", **fields: Any) -> Done:
+        return run_here(method, rows, tmp_path / name, fields.pop("base", mistaken), held_out, **fields)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def mistaken(seeing: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tells colours apart, and calls two of three images by the name of another colour."""
+    follows = dict(zip(COLOURS, [*list(COLOURS)[1:], next(iter(COLOURS))], strict=True))
+    rows = [
+        shown(colour, shade, answer)
+        for shade in SHADES
+        for colour in COLOURS
+        for answer in (follows[colour], follows[colour], colour)
+    ]
+    output = tmp_path_factory.mktemp("mistaken") / "base"
+    plan = {"maxSteps": 60, "learningRate": 1e-2, "perDeviceBatchSize": 24, "loggingSteps": 60}
+    return run_here("sft", rows, output, seeing, tuner={"type": "full"}, training=plan).folder

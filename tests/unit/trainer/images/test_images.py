@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.matrix import proves
 from tests.unit.trainer.conftest import StartRanks, conversation, history, lines, run_config, spec, training
@@ -17,8 +18,13 @@ from tests.unit.trainer.images.conftest import COLOURS, QUESTION, painted
 from trimtab_api.conditions import Reason
 from trimtab_api.contract import DataInput, Exit
 from trimtab_trainer import preflight
+from trimtab_trainer.data.collecting import PartReader
 from trimtab_trainer.data.media import Root, attached, gather, tagged
+from trimtab_trainer.data.seen import Seen, Sizes, spacious
 from trimtab_trainer.endings import Fault
+from trimtab_trainer.methods import METHODS
+from trimtab_trainer.model import tokenizer, vision
+from trimtab_trainer.template import ChatTemplate
 
 ROWS = {"train": [{"from": {"volume": {"claimName": "c", "path": "rows.jsonl"}}}], "maxLength": 64}
 
@@ -105,6 +111,107 @@ def test_parts_become_tags() -> None:
     row = tagged({"messages": [{"role": "user", "content": parts}, {"role": "user", "content": url}]})
     assert [message["content"] for message in row["messages"]] == ["<image>what is it?", "and this? <image>"]
     assert row["images"] == ["a.png", "b.png"]
+
+
+def standard(method: str, raw: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """A row as a method takes it."""
+    wanted = spec(method, model={"from": {"fineTuneJob": {"name": "base"}}}, **fields)
+    needs = METHODS[method].needs(run_config(wanted, Path("/nowhere")))
+    return PartReader(wanted.dataset.train[0], needs, Root(path=Path("/data"))).standard(raw, "rows.jsonl", 3)
+
+
+PARTS = [{"type": "image"}, {"type": "text", "text": "what colour is it?"}]
+GRPO = {"rewards": [{"name": "accuracy"}], "numGenerations": 2}
+JUDGED = {"rewards": [{"rewardModel": {"from": {"fineTuneJob": {"name": "judge"}}}}], "numGenerations": 2}
+
+
+def test_pairs_show_the_images_of_their_prompt() -> None:
+    """In our form, and as TRL's data sets have it: parts without names, with the column beside them."""
+    said = [{"role": "assistant", "content": each} for each in ("red", "blue")]
+    trl = {
+        "prompt": [{"role": "user", "content": PARTS}],
+        "chosen": said[:1],
+        "rejected": said[1:],
+        "images": ["a.png"],
+    }
+    ours = {**conversation(QUESTION, "red"), "rejected_response": "blue", "images": ["a.png"]}
+    again = {**ours, "rejected_messages": conversation(QUESTION, "blue")["messages"]}
+    del again["rejected_response"]
+    rows = [standard("dpo", each) for each in (trl, ours, again)]
+    assert rows[0] == rows[1] == rows[2]
+    assert rows[0]["images"] == ["/data/a.png"]
+    assert rows[0]["answers_from"] == 1
+
+
+SHOWN = {**conversation(QUESTION, "red"), "images": ["a.png"]}
+ANSWERED = {**conversation("what is red?", "<image>"), "images": ["a.png"]}
+
+
+@pytest.mark.parametrize(
+    ("method", "raw", "fields", "said"),
+    [
+        ("dpo", {**ANSWERED, "rejected_response": "none"}, {}, "an answer shows an <image>"),
+        ("dpo", {**SHOWN, "rejected_response": "<image>"}, {}, "an answer shows an <image>"),
+        ("kto", {**ANSWERED, "label": True}, {}, "an answer shows an <image>"),
+        ("gkd", ANSWERED, {"gkd": {"teacher": {"from": {"fineTuneJob": {"name": "t"}}}}}, "an answer shows an <image>"),
+        ("grpo", {**SHOWN, "solution": "red"}, {"grpo": JUDGED}, "'images' is given, and this method does not look"),
+        ("ppo", SHOWN, {"ppo": {"rewardModel": {"from": {"fineTuneJob": {"name": "j"}}}}}, "'images' is given"),
+        ("embedding", {"anchor": "a", "positive": "b", "image": "a.png"}, {}, "'image' is given"),
+        ("sft", {**conversation("what happens?", "It sinks."), "videos": ["a.mp4"]}, {}, "'videos' is given"),
+        ("rewardModel", {**SHOWN, "rejected_response": "blue", "images": []}, {}, None),
+    ],
+)
+def test_what_nobody_looks_at_is_refused(method: str, raw: dict[str, Any], fields: Any, said: str | None) -> None:
+    if said is None:
+        assert "images" not in standard(method, raw, **fields)
+        return
+    with pytest.raises(Fault) as caught:
+        standard(method, raw, **fields)
+    assert caught.value.reason is Reason.DATA_INVALID
+    assert "rows.jsonl row 3" in caught.value.message
+    assert said in caught.value.message
+
+
+def test_an_image_stands_in_the_ids_until_a_batch_shows_it(seeing: Path, tmp_path: Path) -> None:
+    """Four tokens each; the last tokens of a row that is too long are not cut off, the row is left out."""
+    from trimtab_trainer.methods.vision import Looking
+
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(painted("red" if name == "a.png" else "blue", 0))
+    names = [str(tmp_path / name) for name in ("a.png", "b.png")]
+    found = gather(names, [], tmp_path / "into")
+    loaded = tokenizer.load(seeing, "model.from")
+    processor = vision.load_processor(seeing, loaded, "model.from")
+    config = run_config(spec("dpo", dataset={"train": [{"from": {"inline": "{}"}}], "maxLength": 48}), tmp_path / "out")
+    template = ChatTemplate.of(loaded.chat_template, None, None, {})
+    sizes = Sizes(found, lambda sizes: vision.lengths(processor, sizes))
+    render = spacious(template.renderer(), processor.image_token, sizes)
+    encoder = Seen(METHODS["dpo"].encoder(config, loaded, render), vision.placeholder(processor), sizes)
+    said = [{"role": "assistant", "content": "red"}]
+    asked = [{"role": "user", "content": "<image><image>the same?"}]
+    row = {"messages": [*asked, *said], "rejected": [*asked, *said], "answers_from": 1}
+    long = {**row, "messages": [{"role": "user", "content": "<image><image>" + "the same? " * 20}, *said]}
+    [record] = encoder.encode([{**row, "images": names}, {**long, "images": names}])
+    assert encoder.conclude().deleted == 1
+    for column in ("chosen_ids", "rejected_ids"):
+        assert [each for each in record[column] if each < 0] == [-1] * 4 + [-2] * 4
+    ids = torch.tensor([record["chosen_ids"], record["rejected_ids"]])
+    batch = Looking(processor, found)({"input_ids": ids, "KL_input_ids": ids[:1]})
+    assert (batch["input_ids"] == vision.placeholder(processor)).sum() == 16
+    assert (batch["KL_input_ids"] >= 0).all()
+    assert batch["image_grid_thw"].tolist() == [[1, 4, 4]] * 4
+    one, other = batch["pixel_values"].view(4, 16, -1).mean(dim=(1, 2))[:2].tolist()
+    assert batch["pixel_values"].view(4, 16, -1).mean(dim=(1, 2)).tolist() == pytest.approx([one, other] * 2)
+    assert one != other
+    assert (batch["mm_token_type_ids"] == 1).sum() == 16
+    assert batch["KL_mm_token_type_ids"].shape == (1, ids.shape[1])
+
+
+def test_a_placeholder_in_a_text_is_told(seeing: Path, tmp_path: Path) -> None:
+    sizes = Sizes(gather([], [], tmp_path / "into"), lambda _: [])
+    render = spacious(lambda *_, **__: "what is <|image_pad|>?", "<|image_pad|>", sizes)
+    with pytest.raises(Fault, match=r"shows 0 images and has 1 <\|image_pad\|> in its text"):
+        render([{"role": "user", "content": "what is <|image_pad|>?"}])
 
 
 @pytest.mark.parametrize(
