@@ -29,6 +29,7 @@ WAYS = {
     "zero3": "ZeRO-3",
     "fsdp2": "FSDP2",
     "nodes": "two nodes",
+    "pods": "as pods",
     "images": "images",
     "resume": "resume",
 }

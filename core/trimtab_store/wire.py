@@ -58,8 +58,6 @@ class Wires:
         weakref.finalize(self, _hang_up, self._idle)
         self._tls: ssl.SSLContext | None = None
         self._lock = threading.Lock()
-        # Who forgets to close leaves no socket behind.
-        weakref.finalize(self, _hang_up, self._idle)
 
     def ask(
         self, origin: Origin, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None

@@ -24,6 +24,7 @@ def test_adapters_wait_for_their_base_and_say_so(line: Workspace) -> None:
     assert "base" in condition["message"]
 
 
+@proves("pretrain", "full", "pods")
 def test_the_base_is_trained_from_nothing(line: Workspace) -> None:
     job = line.until_true("finetunejob", "base", 240)
     artifact = job["status"]["artifact"]
@@ -34,7 +35,7 @@ def test_the_base_is_trained_from_nothing(line: Workspace) -> None:
     assert job["spec"]["training"]["learningRate"] == 0.002
 
 
-@proves("sft", "lora", "nodes", "ddp")
+@proves("sft", "lora", "nodes", "ddp", "pods")
 def test_two_adapters_are_tuned_one_of_them_on_two_nodes(line: Workspace) -> None:
     base = line.get("finetunejob", "base")["status"]["artifact"]
     for name in ("swift", "harbour"):

@@ -1,0 +1,82 @@
+"""Every method's example as pods, in the order in which one makes what another is given; a split run on two of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.e2e.workspace import EXAMPLES, Workspace
+from tests.matrix import proves
+
+STEPS = 4
+"""Enough to see each come through; what a method is for is proved where the trainer is tested."""
+
+
+def shown(folder: str, name: str, **changes: Any) -> dict[str, Any]:
+    """An example's FineTuneJob, short."""
+    document: dict[str, Any] = yaml.safe_load((EXAMPLES / folder / f"{name}.yaml").read_text())
+    spec = document["spec"]
+    training = {**spec["training"], "maxSteps": STEPS}
+    if "learningRate" in training:
+        training["learningRate"] = float(training["learningRate"])
+    document["spec"] = {**spec, "training": training, **changes}
+    return document
+
+
+def run(work: Workspace, *documents: dict[str, Any]) -> list[dict[str, Any]]:
+    """Apply them together; the artifacts of all."""
+    for document in documents:
+        work.apply(document)
+    jobs = [work.until_true("finetunejob", document["metadata"]["name"], 240) for document in documents]
+    for job in jobs:
+        progress = job["status"]["progress"]
+        assert progress["step"] == progress["totalSteps"], job["metadata"]["name"]
+    return [job["status"]["artifact"] for job in jobs]
+
+
+@pytest.mark.parametrize("pair", [("dpo", "kto"), ("cpo", "simpo"), ("orpo", "grpo")])
+@proves("dpo", "pods")
+@proves("kto", "pods")
+@proves("cpo", "pods")
+@proves("simpo", "pods")
+@proves("orpo", "pods")
+@proves("grpo", "pods")
+def test_answers_that_are_liked_become_adapters(line: Workspace, pair: tuple[str, str]) -> None:
+    base = line.get("finetunejob", "base")["status"]["artifact"]
+    for artifact in run(line, *(shown("methods", name) for name in pair)):
+        assert artifact["kind"] == "adapter"
+        assert artifact["base"]["digest"] == base["digest"]
+
+
+@proves("embedding", "pods")
+@proves("reranker", "pods")
+def test_texts_are_found_and_ranked(line: Workspace) -> None:
+    for artifact in run(line, shown("methods", "embedding"), shown("methods", "reranker")):
+        assert artifact["digest"].startswith("sha256:")
+
+
+@proves("rewardModel", "pods")
+@proves("ppo", "pods")
+@proves("sequenceClassification", "pods")
+def test_what_judges_is_made_and_then_learnt_from(line: Workspace) -> None:
+    line.apply(shown("methods", "ppo"))
+    waiting = line.until_reason("finetunejob", "ppo", "Waiting", 30)
+    assert "reward-model" in waiting["message"]
+    judge, _ = run(line, shown("methods", "reward-model"), shown("methods", "sequence-classification"))
+    line.until_true("finetunejob", "ppo", 240)
+    inputs = line.get("finetunejob", "ppo")["status"]["resolved"]["inputs"]
+    assert judge["digest"] in [each.get("digest") for each in inputs]
+
+
+@proves("sft", "qlora", "zero3", "pods", "nodes")
+@proves("gkd", "pods")
+def test_weights_in_four_bits_and_weights_split_over_two_pods(line: Workspace) -> None:
+    split = shown("ways", "zero3", distributed={"nodes": 2, "processesPerNode": 1, "strategy": "zero3"})
+    whole, quantised = run(line, split, shown("ways", "qlora"))
+    assert (whole["kind"], quantised["kind"]) == ("model", "adapter")
+    assert line.get("pytorchjob", "zero3-1")["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"] == 1
+    student = shown("methods", "gkd")
+    student["spec"]["gkd"]["teacher"] = {"from": {"fineTuneJob": {"name": "zero3"}}}
+    assert run(line, student)[0]["kind"] == "adapter"
