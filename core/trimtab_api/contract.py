@@ -28,6 +28,8 @@ RUN_FILE = "/var/run/trimtab/config/run.json"
 MERGE_FILE = "/var/run/trimtab/config/merge.json"
 CREDENTIALS_ROOT = "/var/run/trimtab/credentials"
 """Below it one folder per Secret, holding the documented keys alone."""
+TRACKERS_ROOT = "/var/run/trimtab/trackers"
+"""Below it one folder per experiment tracker, holding its keys."""
 CA_ROOT = "/var/run/trimtab/ca"
 """Below it one folder per ConfigMap."""
 VOLUMES_ROOT = "/var/run/trimtab/volumes"
@@ -44,6 +46,9 @@ TERMINATION_LIMIT = 4096
 
 CREDENTIAL_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 OPTIONAL_CREDENTIAL_KEYS = ("AWS_SESSION_TOKEN",)
+WANDB_KEYS = ("WANDB_API_KEY",)
+MLFLOW_KEYS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+"""All optional: a server asks for a name and a word, for a token, or for nothing."""
 
 PROGRESS_KEY = "progress.json"
 """Key of the progress ConfigMap."""

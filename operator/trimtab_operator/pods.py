@@ -18,9 +18,12 @@ from trimtab_api.contract import (
     CODE_ROOT,
     CREDENTIAL_KEYS,
     CREDENTIALS_ROOT,
+    MLFLOW_KEYS,
     OPTIONAL_CREDENTIAL_KEYS,
     TOKEN_ROOT,
+    TRACKERS_ROOT,
     VOLUMES_ROOT,
+    WANDB_KEYS,
     CodeInput,
     DataInput,
     ModelInput,
@@ -29,6 +32,7 @@ from trimtab_api.contract import (
 from trimtab_api.schema import ObjectMeta
 from trimtab_api.v1alpha1 import FineTuneJob, MergeJob, ModelDeployment
 from trimtab_api.v1alpha1.pod import ClaimMount, Pod
+from trimtab_api.v1alpha1.reports import Reports
 
 Object = dict[str, Any]
 Owner = FineTuneJob | MergeJob | ModelDeployment
@@ -178,6 +182,35 @@ def code(files: Iterable[CodeInput]) -> Mounted:
     return together(*(_code(config_map, sorted(keys[config_map])) for config_map in sorted(keys)))
 
 
+def trackers(reports: Reports) -> Mounted:
+    """The keys of the experiment trackers, for the one pod that reports."""
+    wandb, mlflow = reports.wandb, reports.mlflow
+    return together(
+        *([_tracker("wandb", wandb.credentials.secret_name, WANDB_KEYS, ())] if wandb else []),
+        *(
+            [_tracker("mlflow", mlflow.credentials.secret_name, (), MLFLOW_KEYS)]
+            if mlflow and mlflow.credentials
+            else []
+        ),
+    )
+
+
+def _tracker(name: str, secret: str, keys: Sequence[str], optional: Sequence[str]) -> Mounted:
+    volume = {"projected": {"defaultMode": 0o440, "sources": _keys(secret, keys, optional)}}
+    return _mount(f"tracker-{name}", volume, f"{TRACKERS_ROOT}/{name}", True)
+
+
+def _keys(secret: str, required: Sequence[str], optional: Sequence[str]) -> list[Object]:
+    """The documented keys of one Secret alone; a missing required key keeps the pod from starting."""
+    sources: list[Object] = []
+    if required:
+        sources.append({"secret": {"name": secret, "items": [{"key": key, "path": key} for key in required]}})
+    if optional:
+        items = [{"key": key, "path": key} for key in optional]
+        sources.append({"secret": {"name": secret, "items": items, "optional": True}})
+    return sources
+
+
 def claims(wanted: Iterable[ClaimMount]) -> Mounted:
     """The claims that the user asks to mount."""
     return together(
@@ -206,14 +239,8 @@ def _s3(place: Place) -> S3Place | None:
 
 
 def _credentials(folder: str) -> Mounted:
-    """The documented keys of one Secret alone; a missing required key keeps the pod from starting."""
     secret = PurePosixPath(folder).relative_to(CREDENTIALS_ROOT).parts[0]
-    items = [{"key": key, "path": key} for key in CREDENTIAL_KEYS]
-    optional = [{"key": key, "path": key} for key in OPTIONAL_CREDENTIAL_KEYS]
-    sources = [
-        {"secret": {"name": secret, "items": items}},
-        {"secret": {"name": secret, "items": optional, "optional": True}},
-    ]
+    sources = _keys(secret, CREDENTIAL_KEYS, OPTIONAL_CREDENTIAL_KEYS)
     volume = {"projected": {"defaultMode": 0o440, "sources": sources}}
     return _mount(_volume_name("credentials", secret), volume, folder, True)
 

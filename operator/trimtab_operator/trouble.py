@@ -220,6 +220,12 @@ def _mounts(pod: Object, events: Iterable[Object]) -> Trouble | None:
             continue
         text = event.get("message", "")
         secrets = [secret for secret in secrets_of(pod) if f'"{secret}"' in text or f"/{secret}" in text]
+        if _volume(text) == "tracker-wandb":
+            return Trouble(
+                Reason.CREDENTIALS_MISSING,
+                "the Secret that reports.wandb.credentials names is not in this namespace, or lacks WANDB_API_KEY "
+                f"(the node says: {text})",
+            )
         if secrets or _volume(text).startswith("credentials-"):
             named = ", ".join(sorted(set(secrets or secrets_of(pod))))
             return Trouble(

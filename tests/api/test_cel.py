@@ -112,6 +112,9 @@ REFUSED = (
     Row("endpoint with keys", F, {"storage.endpoint": "https://key:secret@minio:9000"}, "spec.storage.endpoint", "keys belong into the Secret"),
     Row("endpoint with a path", M, {"storage.endpoint": "https://minio/bucket"}, "spec.storage.endpoint", "must be http://HOST:PORT"),
     Row("anonymous with keys", F, {"storage": {"anonymous": True, "credentials": {"secretName": "s"}}}, "spec.storage.credentials", "unsigned requests use no keys"),
+    # Trackers
+    Row("tracker without scheme", F, {"reports.mlflow": {"server": "mlflow:5000", "experiment": "e"}}, "spec.reports.mlflow.server", "must be http://HOST:PORT"),
+    Row("tracker with keys", F, {"reports.mlflow": {"server": "https://me:word@mlflow", "experiment": "e"}}, "spec.reports.mlflow.server", "keys belong into the Secret"),
     # A model from scratch
     Row("scratch with lora", F, {"model": {"scratch": SCRATCH}, "tuner.type": "lora"}, "spec.tuner.type", "must be full, or left out"),
     Row("scratch with lora fields", F, {"model": {"scratch": SCRATCH}, "tuner.lora": {}}, "spec.tuner.lora", "remove it: random weights have no base"),

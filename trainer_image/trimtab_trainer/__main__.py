@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 
 from trimtab_api.contract import Exit, RankResult, RunConfig
-from trimtab_trainer import results, workplace
+from trimtab_trainer import results, trackers, workplace
 from trimtab_trainer.distributed import Group, Place
 from trimtab_trainer.endings import ending_of
 from trimtab_trainer.imports import leave_out, unused
@@ -40,15 +41,17 @@ def run_rank(config: RunConfig, place: Place, notice: Notice, reporter: Callable
 
 def cluster_reporter(config: RunConfig) -> Reporter:
     """What rank 0 reports to in a cluster."""
-    if config.progress_config_map is None:
-        return MetricsReporter()
-    return Several(ConfigMapReporter(config.job.namespace, config.progress_config_map), MetricsReporter())
+    told: list[Reporter] = [MetricsReporter(), *trackers.of(config, workplace.work_root())]
+    if config.progress_config_map is not None:
+        told.insert(0, ConfigMapReporter(config.job.namespace, config.progress_config_map))
+    return Several(*told)
 
 
-def _bar() -> Reporter:
+def terminal_reporter(config: RunConfig) -> Reporter:
+    """What rank 0 reports to where a person watches."""
     from trimtab_trainer.bar import BarReporter
 
-    return BarReporter()
+    return Several(BarReporter(), *trackers.of(config, workplace.work_root()))
 
 
 def main() -> int:
@@ -62,7 +65,7 @@ def main() -> int:
         config = RunConfig.model_validate_json(workplace.run_file().read_text())
         workplace.prepare(workplace.work_root(), uses_hub(config), config.spec.dataset.workers)
         leave_out(unused(config))
-        result = run_rank(config, place, notice, _bar if watched else lambda: cluster_reporter(config))
+        result = run_rank(config, place, notice, partial(terminal_reporter if watched else cluster_reporter, config))
     except Exception as error:  # noqa: BLE001 - the door: every ending becomes a result
         code, ending = ending_of(error)
         result = RankResult(rank=place.rank, exit=code, ending=ending)

@@ -47,8 +47,9 @@ def unused(config: RunConfig) -> list[str]:
     plain = spec.model.quantization is None and spec.training.optimizer in WITHOUT_BITSANDBYTES
     if plain and all(_known_unquantised(each) for each in (config.model, *config.further) if each is not None):
         names.append("bitsandbytes")
-    # Only DeepSpeed's tuner and TRL's tables look for them.
-    return [*names, "mlflow", "wandb"]
+    # Beside our own trackers, only DeepSpeed's tuner and TRL's tables look for them.
+    trackers = {"mlflow": spec.reports.mlflow, "wandb": spec.reports.wandb}
+    return [*names, *(name for name, asked in trackers.items() if asked is None)]
 
 
 def _known_unquantised(source: ModelInput) -> bool:

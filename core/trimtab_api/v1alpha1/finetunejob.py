@@ -22,6 +22,7 @@ from trimtab_api.v1alpha1.output import Output
 from trimtab_api.v1alpha1.pod import Pod
 from trimtab_api.v1alpha1.preference import Cpo, Dpo, Kto, Orpo, Simpo
 from trimtab_api.v1alpha1.progress import FineTuneJobStatus
+from trimtab_api.v1alpha1.reports import Reports
 from trimtab_api.v1alpha1.rollout import Gkd, Grpo, Ppo
 from trimtab_api.v1alpha1.source import Storage
 from trimtab_api.v1alpha1.training import Checkpoint, Distributed, Training
@@ -100,6 +101,8 @@ class FineTuneJobSpec(Model):
     """Knobs of method embedding."""
     reranker: Reranker | None = None
     """Knobs of method reranker."""
+    reports: Reports = Field(default_factory=Reports)
+    """Experiment trackers that are told of the run."""
     output: Output = Field(default_factory=Output)
     """Where checkpoints and the artifact go."""
     storage: Storage | None = None
@@ -131,7 +134,7 @@ class FineTuneJob(Model):
                     "dpo", "kto", "cpo", "simpo", "orpo",
                     "grpo", "ppo", "gkd",
                     "rewardModel", "classification", "embedding", "reranker",
-                    "output", "storage", "pod", "retries", "activeDeadlineSeconds", "hangTimeoutSeconds",
+                    "reports", "output", "storage", "pod", "retries", "activeDeadlineSeconds", "hangTimeoutSeconds",
                 )
             )
         ),

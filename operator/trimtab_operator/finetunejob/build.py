@@ -271,8 +271,9 @@ def _replica(job: FineTuneJob, config: RunConfig, settings: Settings, count: int
     )
     pod["volumes"] += pods.claims(job.spec.pod.volumes).volumes
     if master:
-        pod["volumes"].append(pods.token_volume())
-        pod["containers"][0]["volumeMounts"].append(pods.token_mount())
+        keys = pods.trackers(job.spec.reports)
+        pod["volumes"] += [pods.token_volume(), *keys.volumes]
+        pod["containers"][0]["volumeMounts"] += [pods.token_mount(), *keys.mounts]
     pod |= pods.pull_secrets(settings.image_pull_secrets)
     return {
         "replicas": count,
