@@ -147,7 +147,7 @@ def run_bare(steps: int, made: Path) -> None:
             report_to=[],
             disable_tqdm=True,
         ),
-        train_dataset=Dataset.from_file(str(made / "work/run/train.arrow")),
+        train_dataset=Dataset.from_file(str(made / "work/run/sequences/train.arrow")),
         processing_class=AutoTokenizer.from_pretrained(artifact),
     )
     print(trainer.train().metrics["train_steps_per_second"])

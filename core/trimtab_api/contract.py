@@ -440,6 +440,11 @@ class Layout(Model):
         """The factors that an adapter began with, where they were taken out of the base."""
         return f"{self.prefix}/start"
 
+    def sequences(self, key: str, shared: bool) -> str:
+        """Tokenised rows: below this prefix, or beside those of all jobs of the namespace; see run_prefix()."""
+        root = self.prefix.rsplit("/", 2)[0] if shared else self.prefix
+        return f"{root}/sequences/{key}"
+
     @property
     def checkpoints(self) -> str:
         """Below it one prefix per step."""

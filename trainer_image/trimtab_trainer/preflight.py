@@ -3,7 +3,8 @@
     python -m trimtab_trainer.preflight
 
 Sources open, rows are sound, the model's files fit each other, the output can be written. Neither torch nor
-transformers is imported: it takes about a second on modest data.
+transformers is imported for that: it takes about a second on modest data. Rows that take long to tokenise are tokenised
+here as well, and kept for the run.
 """
 
 from __future__ import annotations
@@ -77,6 +78,29 @@ COUNTED_ROWS = 20_000
 
 OPENED_IMAGES = 200
 """Images that are fetched and opened."""
+
+
+TOKENISED_FROM = 8 << 20
+"""Bytes of rows from which on the run shall not tokenise them while it holds accelerators."""
+
+
+def look(config: RunConfig, work: Path) -> Ending:
+    """Look at all inputs, and tokenise the rows when they are many.
+
+    Raises what `check` and the run's own preparation raise.
+    """
+    ending = check(config, work)
+    if config.model is None or config.spec.dataset.streaming is not None:
+        return ending
+    if (work / "rows" / collecting.ALL).stat().st_size >= TOKENISED_FROM:
+        from trimtab_trainer.distributed import Group, Place
+        from trimtab_trainer.notice import Notice
+        from trimtab_trainer.progress import Silent
+        from trimtab_trainer.run import Run
+
+        alone = Group(Place(rank=0, local_rank=0, world=1, local_world=1), 1, timeout_seconds=60)
+        Run(config, alone, work, Notice(), Silent()).tokenise()
+    return ending
 
 
 def check(config: RunConfig, work: Path) -> Ending:
@@ -356,7 +380,7 @@ def main() -> int:
         workplace.prepare(workplace.work_root(), hub=uses_hub(config))
         work = Path(tempfile.mkdtemp(prefix="preflight-", dir=workplace.work_root()))
         try:
-            code, ending = Exit.OK, check(config, work)
+            code, ending = Exit.OK, look(config, work)
         finally:
             shutil.rmtree(work)
     except Exception as error:  # noqa: BLE001 - the last door: whatever it is, the message must be written

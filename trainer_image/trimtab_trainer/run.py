@@ -16,7 +16,7 @@ from trimtab_api.conditions import Reason
 from trimtab_api.contract import Ending, RunConfig
 from trimtab_trainer import checkpoint, publish, report, stopping, strategies
 from trimtab_trainer.arguments import precision, weight_dtype
-from trimtab_trainer.data import collecting, packing, sequences, streaming
+from trimtab_trainer.data import collecting, kept, packing, sequences, streaming
 from trimtab_trainer.data.collecting import Collected, rows_of
 from trimtab_trainer.data.feeds import open_feed
 from trimtab_trainer.data.masks import Render
@@ -27,7 +27,7 @@ from trimtab_trainer.data.seen import Seen, Sizes, spacious
 from trimtab_trainer.data.sequences import Encoder
 from trimtab_trainer.distributed import Group, once, once_per_pod
 from trimtab_trainer.endings import Fault
-from trimtab_trainer.inputs import LocalModel, Pins, fetch_data, fetch_model
+from trimtab_trainer.inputs import MODEL_FILES, SMALL_MODEL_FILES, LocalModel, Pins, fetch_data, fetch_model
 from trimtab_trainer.merge.lineage import fetch_with_base
 from trimtab_trainer.methods import METHODS, Method
 from trimtab_trainer.methods.parts import Parts
@@ -132,11 +132,18 @@ class Run:
             movement.see(trainer.model)
         return self._hand_over(trainer, prepared, tuned, work)
 
-    def _prepare(self, work: Path) -> Prepared:
+    def tokenise(self) -> None:
+        """Tokenise the rows and keep them, so that the run itself fetches them: no weight is opened.
+
+        Raises Fault and the store's errors for what is wrong with rows, tokenizer and template.
+        """
+        self._prepare(self.work / "run", rows_alone=True)
+
+    def _prepare(self, work: Path, rows_alone: bool = False) -> Prepared:
         group, config = self.group, self.config
         pins = Pins(config.pins)
         collected = once_per_pod(group, lambda: self._collect(work / "data", pins))
-        base = self._base(work / "model", pins)
+        base = self._base(work / "model", pins, SMALL_MODEL_FILES if rows_alone else MODEL_FILES)
         folder = base.path if base is not None else self._scratch_tokenizer(collected, work / "tokenizer", pins)
         loaded = tokenizer.load(folder, "model.from" if base else "model.scratch.tokenizer")
         new_tokens = embeddings.extend(loaded, config.spec.model.new_tokens)
@@ -159,36 +166,50 @@ class Run:
             plain = self.method.encoder(config, loaded, spacious(render, processor.image_token, sizes))
             return Seen(plain, vision.placeholder(processor), sizes)
 
-        def tokenise() -> str:
+        def tokenise(into: Path) -> str:
             skipped = Skipped()
             spoiled = strictly if config.spec.dataset.strict else skipped
-            count = sequences.write(collected.train, encoder(), work / "train.arrow", spoiled)
+            count = sequences.write(collected.train, encoder(), into / kept.TRAIN, spoiled)
             if collected.validation is not None:
-                sequences.write(collected.validation, encoder(), work / "validation.arrow", spoiled)
+                sequences.write(collected.validation, encoder(), into / kept.VALIDATION, spoiled)
             if skipped.rows:
                 log.warning("%d rows were passed over, the first because %s", skipped.rows, skipped.first)
             log.info("%d sequences of %d tokens, %d of them learnt", count.sequences, count.tokens, count.learnt)
             whole = f"{count.digest} {collected.digest}" if config.spec.dataset.streaming else count.digest
-            return self._packed(work / "train.arrow", whole)
+            return self._packed(into / kept.TRAIN, whole)
 
-        digest = once_per_pod(group, tokenise)
-        if len(set(group.all_of(digest))) > 1:
+        made_of = kept.Ingredients(
+            rows=collected.digest if media is None else f"{collected.digest} {media.digest}",
+            tokenizer=folder,
+            template=None if template is None else template.source,
+            software=publish.versions(),
+        )
+        key = made_of.key(config)
+        if len(set(group.all_of(key))) > 1:
             raise Fault(Reason.INPUT_CHANGED, "the pods read different rows", "Start the job again.")
+        rows, digest = self._tokenised(key, tokenise, work / "sequences")
         return Prepared(
             collected=collected,
             base=base,
             tokenizer=loaded,
             template=template,
             stops=stops,
-            train=work / "train.arrow",
-            validation=None if collected.validation is None else work / "validation.arrow",
+            train=rows / kept.TRAIN,
+            validation=None if collected.validation is None else rows / kept.VALIDATION,
             sequences_digest=f"sha256:{digest}",
             stream=self._stream(loaded, render, pins),
-            further=self._further(work / "further", pins),
+            further={} if rows_alone else self._further(work / "further", pins),
             new_tokens=new_tokens,
             processor=processor,
             media=media,
         )
+
+    def _tokenised(self, key: str, tokenise: kept.Make, into: Path) -> tuple[Path, str]:
+        """The folder of tokenised rows, and what identifies them. Of a stream there is only the beginning: not kept."""
+        if self.config.spec.dataset.streaming is None:
+            place = kept.place(self.output.layout, self.config, key)
+            return kept.obtain(self.group, self.output, place, tokenise, into, {"job": self.config.job.dump()})
+        return once_per_pod(self.group, lambda: kept.anew(into, tokenise))
 
     def _media(self, collected: Collected, into: Path) -> Media | None:
         if not collected.images:
@@ -235,9 +256,9 @@ class Run:
         encoder = self.method.encoder(self.config, loaded, render)
         return streaming.Stream(feeds, dataset, self.method.needs(self.config), encoder, place.rank, place.world)
 
-    def _base(self, into: Path, pins: Pins) -> LocalModel | None:
+    def _base(self, into: Path, pins: Pins, only: tuple[str, ...]) -> LocalModel | None:
         source = self.config.model
-        return None if source is None else once_per_pod(self.group, lambda: fetch_model(source, into, pins))
+        return None if source is None else once_per_pod(self.group, lambda: fetch_model(source, into, pins, only))
 
     def _scratch_tokenizer(self, collected: Collected, into: Path, pins: Pins) -> Path:
         """The tokenizer of a model from scratch: one that is given, one learnt earlier, or one learnt now."""

@@ -107,6 +107,8 @@ class Dataset(Model):
     """Read rows while the training runs. Needs training.maxSteps. Each process takes every n-th row, and a run that goes on does so with the next one. Object storage must hold .jsonl, .ndjson or .txt."""
     interleave: Interleave | None = None
     """Mix the parts of train by weight."""
+    cache: Literal["job", "namespace"] = "job"
+    """Where tokenised rows are kept, so that one pod tokenises for all, and once for all attempts: below the job's own prefix, or for every job of the namespace that writes to the same output.uri. Rows are found by what they are made of, and nothing deletes them."""
     shuffle: bool = True
     """Shuffle the rows, anew each epoch."""
     seed: Annotated[int, Field(ge=0, le=2_147_483_647)] = 42

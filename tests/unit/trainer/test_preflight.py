@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tokenizers
 import tokenizers.models
+import tokenizers.pre_tokenizers
 
 from tests.unit.trainer.conftest import SCRATCH, chats, conversation, lines, run_config, spec
 from trimtab_api.conditions import Reason
@@ -133,3 +134,24 @@ def test_neither_torch_nor_transformers_is_imported() -> None:
 @pytest.mark.parametrize(("text", "number"), [("16Gi", 16 * 2**30), ("500m", 0.5), (2, 2), ("1.5G", 1.5e9)])
 def test_quantities(text: str | int, number: float) -> None:
     assert preflight.quantity(text) == number
+
+
+@pytest.mark.timeout(120)
+def test_many_rows_are_tokenised_before_an_accelerator_is_held(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trimtab_trainer.data import kept
+
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    spelling = tokenizers.Tokenizer(tokenizers.models.BPE({sign: n for n, sign in enumerate(alphabet)}, []))
+    spelling.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    spelling.save(str(model / "tokenizer.json"))
+    _config(model_type="llama", vocab_size=len(alphabet))(model)
+    config = run_config(spec("sft"), tmp_path / "out", model=model)
+    preflight.look(config, tmp_path / "few")
+    assert not (tmp_path / "out/sequences").exists()
+    monkeypatch.setattr(preflight, "TOKENISED_FROM", 1)
+    monkeypatch.setattr(kept, "WORTH_KEEPING", 1)
+    preflight.look(config, tmp_path / "many")
+    (folder,) = (tmp_path / "out/sequences").iterdir()
+    assert {path.name for path in folder.iterdir()} == {"manifest.json", kept.TRAIN}

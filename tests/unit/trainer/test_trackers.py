@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.unit.trainer.conftest import free_port, run_config, spec, wait_for
+from tests.ports import free_port
+from tests.unit.trainer.conftest import run_config, spec, wait_for
 from trimtab_api.contract import ProgressReport, RunConfig
 from trimtab_api.v1alpha1.progress import Progress
 from trimtab_trainer import trackers

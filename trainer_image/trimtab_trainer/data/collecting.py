@@ -25,6 +25,9 @@ from trimtab_trainer.inputs import LocalData
 
 T = TypeVar("T")
 
+ALL = "all.jsonl"
+"""File of all rows, those that are set aside included."""
+
 Complete = Callable[[Mapping[str, Any], Row, str, int], Row]
 """From the raw columns and the standard row (with source and row number, for messages) to the method's row."""
 
@@ -131,7 +134,7 @@ def collect(
     skipped = Skipped()
     spoiled = strictly if dataset.strict else skipped
     rows = _mixed(train, dataset, needs, into, spoiled)
-    everything = Lines.write(into / "all.jsonl", rows, digest)
+    everything = Lines.write(into / ALL, rows, digest)
     if not len(everything):
         names = ", ".join(f"{local.source.field} {local.display}" for local in train)
         broken_ones = f"no sound row, {skipped.rows} broken ones; {skipped.first}" if skipped.rows else "no row"
