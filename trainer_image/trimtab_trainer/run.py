@@ -31,8 +31,8 @@ from trimtab_trainer.inputs import MODEL_FILES, SMALL_MODEL_FILES, LocalModel, P
 from trimtab_trainer.merge.lineage import fetch_with_base
 from trimtab_trainer.methods import METHODS, Method
 from trimtab_trainer.methods.parts import Parts
-from trimtab_trainer.model import adapter, embeddings, loading, quantisation, scratch, tokenizer, tuning, vision
-from trimtab_trainer.model.heads import Head, LanguageHead, head_of
+from trimtab_trainer.model import adapter, embeddings, loading, quantisation, scalar, scratch, tokenizer, tuning, vision
+from trimtab_trainer.model.heads import Head, LanguageHead, ScalarHead, head_of
 from trimtab_trainer.model.opening import open_model
 from trimtab_trainer.movement import Movement
 from trimtab_trainer.notice import Notice
@@ -336,13 +336,14 @@ class Run:
 
     def _loading(self) -> dict[str, Any]:
         """How the weights are brought in: quantised, laid over devices, or as they are."""
-        how: dict[str, Any] = {}
+        how = self.strategy.loading()
         quantization = self.config.spec.model.quantization
         if quantization is not None:
             arithmetic = precision(self.config)
-            how["quantization_config"] = quantisation.settings(quantization, arithmetic, self.strategy.splits_weights)
-        if self.config.resolved.strategy == "deviceMap":
-            how["device_map"] = "auto"
+            whole = scalar.HEADS if isinstance(self.head, ScalarHead) else ()
+            how["quantization_config"] = quantisation.settings(
+                quantization, arithmetic, self.strategy.splits_weights, whole
+            )
         return how
 
     def _trainer(

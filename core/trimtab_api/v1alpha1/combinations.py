@@ -359,7 +359,7 @@ HEADS = (
 )
 """Models that answer with numbers."""
 
-QUANTIZABLE = ("pretrain", "sft")
+QUANTIZABLE = ("pretrain", "sft", "dpo", "kto", "cpo", "simpo", "orpo")
 """Methods that are proven on quantised weights."""
 
 QUANTIZED = (
@@ -411,7 +411,7 @@ QUANTIZED = (
 )
 """Weights that are quantised as they are loaded."""
 
-SPREAD = ("pretrain", "sft")
+SPREAD = ("pretrain", "sft", "dpo", "kto", "cpo", "simpo", "orpo")
 """Methods that are proven with every strategy; what one of them cannot do all the same is a rule of its own."""
 
 PARALLEL = (

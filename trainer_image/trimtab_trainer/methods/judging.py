@@ -50,6 +50,13 @@ def padded(sequences: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch
 class RewardingTrainer(Observed, RewardTrainer):
     """TRL's trainer: -log σ(r(chosen) - r(rejected)), the Bradley-Terry likelihood of the preferred answer."""
 
+    def __init__(self, **parts: Any):
+        super().__init__(**parts)
+        # On quantised weights it rounds what is trained to bfloat16; a head then takes no states of float32.
+        for weight in self.model.parameters():
+            if weight.requires_grad and weight.dtype == torch.bfloat16 and getattr(self.model, "is_quantized", False):
+                weight.data = weight.data.float()
+
 
 def rewarding(parts: Parts) -> RewardingTrainer:
     """The trainer of reward models."""

@@ -6,11 +6,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from trimtab_trainer import strategies
 from trimtab_trainer.arguments import weight_dtype
 from trimtab_trainer.methods.observed import Observed
 from trimtab_trainer.methods.parts import Parts
 from trimtab_trainer.model import loading
 from trimtab_trainer.model.vision import see_sight
+from trimtab_trainer.strategies.fsdp import split_layers
+from trimtab_trainer.strategies.zero import without_optimizer
 
 COPY = "ref"
 """What TRL names the copy of an adapter that it holds a tuned adapter against."""
@@ -23,17 +26,18 @@ def reference(parts: Parts, field: str | None = None, precomputed: bool = False)
     Raises Fault(ModelInvalid) when it does not open, or has other tokens.
     """
     named = parts.further.get(field) if field else None
+    how = strategies.of(parts.config).loading()
     if named is not None:
         assert field is not None
         assert parts.base is not None
         loading.see_same_vocabulary(parts.base.path, named.path, field, named.reference)
         if parts.media is not None:
             see_sight(named, field)
-        return loading.load(named, field, weight_dtype(parts.config))
+        return loading.load(named, field, weight_dtype(parts.config), **how)
     if precomputed or parts.config.resolved.tuner_type == "lora":
         return None
     assert parts.base is not None
-    return loading.load(parts.base, "model.from", weight_dtype(parts.config))
+    return loading.load(parts.base, "model.from", weight_dtype(parts.config), **how)
 
 
 class Compared(Observed):
@@ -45,7 +49,11 @@ class Compared(Observed):
     """
 
     def __init__(self, **parts: Any):
-        super().__init__(**parts)
+        arguments, held = parts["args"], parts.get("ref_model")
+        if arguments.fsdp and held is not None and not arguments.precompute_ref_log_probs:
+            split_layers(held, arguments)
+        with without_optimizer(arguments):
+            super().__init__(**parts)
         model: Any = getattr(self, "model", None)
         config = getattr(model, "peft_config", {}).get(COPY)
         if config is not None and _begins_at_base(model, config):

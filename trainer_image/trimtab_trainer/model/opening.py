@@ -23,10 +23,11 @@ def open_model(local: LocalModel, field: str, dtype: Any, head: Head, seed: int,
             seed=seed,
             pad_token_id=pad_token_id,
             problem_type=head.problem_type,
+            **how,
         )
         return prepare(model, head)
     if isinstance(head, VectorHead):
-        return prepare(vector.load(local, field, dtype), head)
+        return prepare(vector.load(local, field, dtype, **how), head)
     return loading.load(local, field, dtype, **how)
 
 

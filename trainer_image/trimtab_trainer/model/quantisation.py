@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from trimtab_api.conditions import Reason
@@ -66,21 +67,25 @@ def see_trainable(described: dict[str, Any], config: RunConfig, field: str, refe
         )
 
 
-def settings(quantization: Quantization, arithmetic: str, split: bool) -> Any:
-    """The spec in the words of transformers. `arithmetic`: what the run computes in; `split`: weights are split."""
+def settings(quantization: Quantization, arithmetic: str, split: bool, whole: Sequence[str] = ()) -> Any:
+    """The spec in the words of transformers. `arithmetic`: what the run computes in; `split`: weights are split.
+
+    `whole`: names of modules that are not quantised; by default the language head is not.
+    """
     import torch
     from transformers import BitsAndBytesConfig
 
     # It tells at each multiplication of 8 bit that it computes in float16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if quantization.method == "bnb8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(whole) or None)
     compute = arithmetic if quantization.compute_dtype == "auto" else quantization.compute_dtype
     storage = quantization.storage_dtype
     if storage == "auto":
         storage = "bfloat16" if split else "uint8"
     return BitsAndBytesConfig(
         load_in_4bit=True,
+        llm_int8_skip_modules=list(whole) or None,
         bnb_4bit_quant_type=quantization.quant_type,
         bnb_4bit_use_double_quant=quantization.double_quant,
         bnb_4bit_compute_dtype=getattr(torch, compute),

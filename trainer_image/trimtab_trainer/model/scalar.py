@@ -31,6 +31,8 @@ from trimtab_trainer.template import ChatTemplate
 _SCORE = "score.weight"
 Conversation = list[dict[str, Any]]
 """Messages with role and content; a reward is given for the last one."""
+HEADS = ("score", "classifier")
+"""What transformers calls the head, in one architecture or another."""
 _HEAD = re.compile(r"base_model\.model\.(score|classifier)(\.\w+)*\.weight")
 """Names of heads in adapters; of several layers the last by name (out_proj) is the last."""
 
@@ -57,22 +59,25 @@ def load(
     seed: int,
     pad_token_id: int,
     problem_type: str | None = None,
+    **how: Any,
 ) -> Any:
     """The model with a head of `labels` outputs, its weights in `dtype`: a fresh head drawn with `seed`, or its own.
 
-    `problem_type` is transformers' name of the loss. Raises Fault(ModelInvalid) when it does not open, when more is
-    missing than a head, or when its own head has another number of outputs.
+    `problem_type` is transformers' name of the loss; `how`: see loading.load. Raises Fault(ModelInvalid) when it does
+    not open, when more is missing than a head, or when its own head has another number of outputs.
     """
     from transformers import set_seed
 
     found = architecture(local.path, field, local.reference)
     set_seed(seed)
-    model, missing = _open(local, field, dtype, found, labels, {"problem_type": problem_type} if problem_type else {})
+    more = {**how, "problem_type": problem_type} if problem_type else how
+    model, missing = _open(local, field, dtype, found, labels, more)
     if strange := sorted(missing - head_names(model)):
         raise Fault(
             Reason.MODEL_INVALID,
             f"{field} {local.reference}: {len(strange)} weights are missing, first {', '.join(strange[:3])}",
         )
+    _draw_split(model, missing, seed)
     set_padding(model, pad_token_id)
     return model
 
@@ -129,6 +134,23 @@ def score_ids(model: Any, sequences: Sequence[Sequence[int]], batch: int = 8) ->
             mask = (torch.arange(ids.shape[1], device=device)[None, :] < lengths[:, None]).long()
             scores[picked] = model(input_ids=ids, attention_mask=mask).logits.float()
     return scores
+
+
+def _draw_split(model: Any, missing: set[str], seed: int) -> None:
+    """Draw a head again whose weights are split as it is loaded: as the rest was made, numbers were drawn before it."""
+    from transformers import set_seed
+
+    fresh = [weight for name, weight in model.named_parameters() if name in missing and hasattr(weight, "ds_id")]
+    if not fresh:
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(fresh, modifier_rank=0):
+        set_seed(seed)
+        for weight in fresh:
+            weight._is_hf_initialized = False
+        for name in head_modules(model):
+            model.get_submodule(name).apply(model._init_weights)
 
 
 def head_names(model: Any) -> set[str]:

@@ -15,8 +15,8 @@ from trimtab_trainer.model.loading import architecture
 _POOLING = {"lastToken": "lasttoken", "mean": "mean", "cls": "cls"}
 
 
-def load(local: LocalModel, field: str, dtype: Any) -> Any:
-    """The backbone of a model, its weights in `dtype`; a language head is left out.
+def load(local: LocalModel, field: str, dtype: Any, **how: Any) -> Any:
+    """The backbone of a model, its weights in `dtype`; a language head is left out. `how`: see loading.load.
 
     Raises Fault(ModelInvalid) when it does not open or a weight is missing.
     """
@@ -25,7 +25,7 @@ def load(local: LocalModel, field: str, dtype: Any) -> Any:
     architecture(local.path, field, local.reference)
     try:
         opened: Any = AutoModel.from_pretrained(
-            local.path, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            local.path, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True, **how
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]

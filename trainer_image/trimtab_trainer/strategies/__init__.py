@@ -29,6 +29,10 @@ class Strategy(Protocol):
         """Make the process ready, after it joined the others and before a model is loaded."""
         ...
 
+    def loading(self) -> dict[str, Any]:
+        """Keywords of from_pretrained, for every model that the run computes with."""
+        ...
+
     def arguments(self) -> dict[str, Any]:
         """Keywords of transformers.TrainingArguments."""
         ...

@@ -24,6 +24,10 @@ class Fsdp2:
     def prepare(self) -> None:
         """Nothing: the model is split when the trainer takes it."""
 
+    def loading(self) -> dict[str, Any]:
+        """Nothing: what is loaded is whole at first."""
+        return {}
+
     def arguments(self) -> dict[str, Any]:
         """The layers to wrap are those that the model's class names (`_no_split_modules`).
 
@@ -67,3 +71,23 @@ def complete(arguments: Any) -> None:
         state.distributed_type = DistributedType.MULTI_GPU
         if settings.get("cpu_offload"):
             settings["cpu_offload"] = CPUOffloadPolicy(pin_memory=False)
+
+
+def split_layers(model: Any, arguments: Any) -> None:
+    """Split the layers of a model that stays as it is, one by one, so that no more than one of them is ever whole.
+
+    TRL splits what is left as one, and all of a reference would be that. `arguments`: of the run, completed.
+    """
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+    settings = arguments.fsdp_plugin_args
+    offload = settings.get("cpu_offload")
+    if not isinstance(offload, OffloadPolicy):
+        offload = CPUOffloadPolicy() if offload else OffloadPolicy()
+    for module in model.modules():
+        if type(module).__name__ in (model._no_split_modules or ()):
+            fully_shard(
+                module,
+                mp_policy=settings.get("mixed_precision_policy") or MixedPrecisionPolicy(),
+                offload_policy=offload,
+            )

@@ -17,6 +17,10 @@ class Whole:
     def prepare(self) -> None:
         """Nothing."""
 
+    def loading(self) -> dict[str, Any]:
+        """A lone process may lay the layers over its devices."""
+        return {"device_map": "auto"} if self.name == "deviceMap" else {}
+
     def arguments(self) -> dict[str, Any]:
         """Nothing: the library's defaults are this."""
         return {}

@@ -7,12 +7,31 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from trimtab_api.contract import RunConfig
 
 SHARED_MEMORY_OPERATOR = "deepspeed_shm_comm"
 """DeepSpeed's collectives among the processes of one CPU; it would compile them at its first start."""
+
+PURE = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
+"""DeepSpeed's words for an optimiser that keeps nothing in float32."""
+
+
+@contextmanager
+def without_optimizer(arguments: Any) -> Iterator[None]:
+    """While it lasts, DeepSpeed's settings say nothing of an optimiser: a model that stays as it is has none.
+
+    TRL starts a reference with the settings of the run, and DeepSpeed refuses pure bfloat16 where no state is split.
+    """
+    settings = {} if arguments.deepspeed_plugin is None else arguments.deepspeed_plugin.deepspeed_config["bf16"]
+    taken = {name: settings.pop(name) for name in PURE if name in settings}
+    try:
+        yield
+    finally:
+        settings.update(taken)
 
 
 class Zero:
@@ -48,6 +67,10 @@ class Zero:
         # transformers holds it by a weak reference: as long as it lives, stage 3 splits what is loaded.
         self._announced = HfDeepSpeedConfig(self._settings(batch=True))
 
+    def loading(self) -> dict[str, Any]:
+        """Nothing: stage 3 splits what is loaded by itself, once it is announced."""
+        return {}
+
     def arguments(self) -> dict[str, Any]:
         """DeepSpeed's settings; what a method's own arguments decide is left to them."""
         adapter = self._config.resolved.tuner_type != "full"
@@ -64,7 +87,7 @@ class Zero:
         arithmetic = precision(self._config)
         bf16: dict[str, Any] = {"enabled": arithmetic == "bfloat16"}
         if training.pure_bf16:
-            bf16 |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+            bf16 |= dict.fromkeys(PURE, True)
         sizes: dict[str, Any] = dict.fromkeys(
             ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"), "auto"
         )

@@ -27,6 +27,8 @@ class Cell:
     """Steps after which its last process is told to leave."""
     key: str | None = None
     """Under which its ending is kept; by default the job's name."""
+    one_pod: bool = False
+    """Whether the processes share a disk."""
 
     @property
     def name(self) -> str:
@@ -93,8 +95,11 @@ def _process(rank: int, port: int, alone: Sequence[Cell], first: Cell, together:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         group = Group(Place.here(), 2, 90)
         group.join()
+        beside = Group(Place(rank, rank, 2, 2), 2, 90)
+        beside._control = group._control
         for cell in together:
-            _run(cell, group, work)
+            os.environ["LOCAL_RANK"] = str(rank if cell.one_pod else 0)
+            _run(cell, beside if cell.one_pod else group, work)
     sys.stdout.flush()
     os._exit(0)
 
@@ -116,7 +121,8 @@ def _run(cell: Cell, group: Any, work: Path) -> None:
     began = time.monotonic()
     last = group.place.rank == group.place.world - 1
     notice: Any = _StopAfter(cell.stop_after) if cell.stop_after and last else Notice()
-    disk = work / f"pod-{group.place.rank}" / cell.name
+    pod = group.place.rank - group.place.local_rank
+    disk = work / f"pod-{pod}" / cell.name
     run = Run(cell.config, group, disk, notice, Silent())
     try:
         ending = run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from trimtab_api.v1alpha1.finetunejob import FineTuneJobSpec
 from trimtab_trainer import checkpoint, preflight, strategies
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.model import quantisation
+from trimtab_trainer.strategies import fsdp
 
 FULL = {"tuner": {"type": "full"}}
 LARGE = {"model": {"scratch": {**SCRATCH, "hiddenSize": 4096, "layers": 32, "attentionHeads": 32, "keyValueHeads": 8}}}
@@ -43,6 +45,11 @@ def test_what_auto_becomes(fields: dict[str, Any], distributed: dict[str, Any], 
     resolved = resolve(spec("sft", **fields, distributed=distributed))
     assert resolved.strategy == wanted
     assert wanted != "deviceMap" or resolved.world_size == 1
+
+
+@pytest.mark.parametrize(("method", "wanted"), [("dpo", "zero2"), ("kto", "zero2"), ("gkd", "ddp")])
+def test_auto_is_what_the_method_is_proven_with(method: str, wanted: str) -> None:
+    assert resolve(spec(method, **FULL, distributed={"nodes": 2})).strategy == wanted
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
@@ -149,3 +156,19 @@ def test_the_preflight_looks(tmp_path: Path) -> None:
     (folder / "model.safetensors").touch()
     with pytest.raises(Fault, match="quantised with awq"):
         preflight.check(run_config(spec("sft"), tmp_path / "out", model=folder), tmp_path / "look")
+
+
+def test_a_reference_is_split_layer_by_layer() -> None:
+    import torch.distributed as dist
+    from torch.distributed.fsdp import FSDPModule
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fsdp.split_layers(model, SimpleNamespace(fsdp_plugin_args={}))
+    finally:
+        dist.destroy_process_group()
+    assert [isinstance(layer, FSDPModule) for layer in model.model.layers] == [True, True]
+    assert not isinstance(model, FSDPModule)
