@@ -21,7 +21,7 @@ from trimtab_api.v1alpha1.finetunejob import FineTuneJobSpec
 from trimtab_api.v1alpha1.mergejob import MergeJobSpec, MergeProgress
 from trimtab_api.v1alpha1.progress import Memory, Progress, ResolvedFineTune
 from trimtab_api.v1alpha1.source import Digest, HubData, HubModel
-from trimtab_api.v1alpha1.status import Artifact, PinnedInput
+from trimtab_api.v1alpha1.status import Artifact, PinnedInput, Predictions
 
 # Paths inside our containers
 RUN_FILE = "/var/run/trimtab/config/run.json"
@@ -264,6 +264,8 @@ class Ending(Model):
     """Last step done."""
     artifact: Artifact | None = None
     """What was published."""
+    predictions: Predictions | None = None
+    """What the tuned model answered."""
     pins: list[PinnedInput] = Field(default_factory=list)
     """Preflight: the inputs as they were found."""
     rows: Annotated[int | None, Field(ge=0)] = None
@@ -454,6 +456,10 @@ class Layout(Model):
     def report(self) -> str:
         """Loss curve and TensorBoard events."""
         return f"{self.prefix}/report"
+
+    def predictions(self, step: int) -> str:
+        """What the model answered after this step: 0 before the training."""
+        return f"{self.prefix}/predictions/{step:09d}"
 
     def checkpoint(self, step: int) -> str:
         """The checkpoint of one step; padded, so that listing is in order."""

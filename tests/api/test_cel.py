@@ -127,6 +127,13 @@ REFUSED = (
     # The optimisation
     Row("stopping on nothing", F, {"training.earlyStopping": {"patience": 2}}, "spec.training.earlyStopping", "needs validation rows"),
     Row("evaluating nothing", F, {"training.evaluateAtStart": True}, "spec.training.evaluateAtStart", "needs rows to validate on"),
+    Row("answers to nothing", F, {"evaluation": {}}, "spec.evaluation", "needs rows to answer"),
+    *(
+        Row(f"answers of a {method}", F, {"evaluation": {}, "dataset.validationSplit": 0.1, **more, "method": method}, "spec.evaluation", "gives numbers and writes no answers")
+        for method, more in (("rewardModel", {}), ("reranker", {}), ("embedding", {"training.perDeviceBatchSize": 2}), ("sequenceClassification", {"classification": {"numLabels": 2}}))
+    ),
+    Row("a metric twice", F, {"evaluation": {"metrics": ["bleu", "rouge", "bleu"]}, "dataset.validationSplit": 0.1}, "spec.evaluation.metrics", "names a metric twice"),
+    Row("part of the likeliest token", F, {"evaluation": {"generate": {"topP": 0.9}}, "dataset.validationSplit": 0.1}, "spec.evaluation.generate.topP", "at temperature 0 the likeliest token is taken"),
     Row("noise for preferences", F, {"method": "dpo", "training.neftuneAlpha": 5}, "spec.training.neftuneAlpha", "noise on the embeddings is for pretrain and sft"),
     Row("lengths without an order", F, {"training.groupByLength": True, "dataset.shuffle": False}, "spec.training.groupByLength", "elsewhere the order of rows has a meaning"),
     # Tuners
@@ -287,6 +294,8 @@ ACCEPTED = (
     (F, {"tuner.lora": {"targetParameters": ["experts.up"], "dropout": 0}}), (F, {"tuner.lora": {"initWeights": "olora", "rank": 256}}),
     (F, {"tuner": {"type": "full", "freeze": {"ratio": 1}}, "model.newTokens": ["<|a|>"]}), (F, {"tuner": {"continueFrom": HUB}}),
     (F, {"training": {"earlyStopping": {}, "evaluateAtStart": True, "neftuneAlpha": 5, "groupByLength": True}, "dataset.validationSplit": 0.1}),
+    (F, {"evaluation": {}, "dataset.validationSplit": 0.1}), (F, {"evaluation": {"metrics": []}, "dataset.validation": [{"from": {"inline": "{}"}}]}),
+    (F, {"evaluation": {"generate": {"temperature": 0.5, "topP": 0.9}, "metrics": ["exactMatch", "rouge", "cosine"], "atStart": True}, "dataset.validationSplit": 0.1, "method": "dpo"}),
     (F, {"method": "grpo", "grpo": GRPO}), (F, {"method": "grpo", "grpo": {"rewards": [{"python": {"configMapKeyRef": {"name": "rewards", "key": "a-1.py"}, "function": "close"}}]}}), (F, {"method": "ppo", "ppo": PPO, "dataset.truncation": "left"}), (F, {"method": "gkd", "gkd": GKD}),
     (F, {"method": "grpo", "grpo": {**GRPO, "importanceSampling": "sequence"}, "training.gradientAccumulationSteps": 4, "distributed.processesPerNode": 2}),
     (F, {"model.quantization": {"method": "bnb4", "storageDtype": "bfloat16"}, "distributed.strategy": "fsdp2"}),
@@ -494,6 +503,7 @@ EDITS: dict[str, dict[str, Any]] = {
         "template": {"system": "Be brief."},
         "tuner": {"lora": {"rank": 16}},
         "training": {"learningRate": 1e-3},
+        "evaluation": {"rows": 5},
         "checkpoint": {"keep": 5},
         "distributed": {"nodes": 2},
         "output": {"uri": PLACE},

@@ -42,7 +42,15 @@ from trimtab_trainer import preflight, workplace, yamlfile
 from trimtab_trainer.endings import Fault, ending_of
 from trimtab_trainer.launcher import Gang, launch
 
-_LOCAL_FIELDS = {"pod", "suspend", "retries", "active_deadline_seconds", "ttl_seconds_after_finished", "checkpoint"}
+_LOCAL_FIELDS = {
+    "pod",
+    "suspend",
+    "retries",
+    "active_deadline_seconds",
+    "ttl_seconds_after_finished",
+    "checkpoint",
+    "evaluation",
+}
 """Fields that may change between two calls for one output folder."""
 
 
@@ -258,6 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stream.write(f"  {ending.hint}\n")
     if ending.artifact is not None:
         stream.write(f"  {ending.artifact.uri}  {ending.artifact.digest}\n")
+    if ending.predictions is not None:
+        stream.write(f"  {ending.predictions.uri}  {ending.predictions.rows} rows answered\n")
     return int(code)
 
 

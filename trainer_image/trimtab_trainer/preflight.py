@@ -39,6 +39,7 @@ from trimtab_trainer.data.preference import sides
 from trimtab_trainer.data.reading import Skipped, strictly
 from trimtab_trainer.data.rows import IMAGES
 from trimtab_trainer.endings import Fault, ending_of
+from trimtab_trainer.evaluation import questions
 from trimtab_trainer.inputs import (
     ADAPTER_CONFIG,
     SMALL_MODEL_FILES,
@@ -136,6 +137,7 @@ def check(config: RunConfig, work: Path) -> Ending:
     measured = _rows(config, collected, folder)
     needed = _memory(config, local[0].path if config.model is not None else None)
     _images(collected, config.spec.dataset, folder, work / "media")
+    questions.see(collected, config)
     found = [
         PinnedInput(field=source.field, uri=each.reference, digest=each.digest)
         for source, each in zip(models, local, strict=True)

@@ -46,6 +46,8 @@ class Provenance:
     template: str | None
     """The effective chat template."""
     world: int
+    predictions: str | None = None
+    """Where below the run's prefix the model's answers to the validation rows go; None when it is not asked."""
 
     @property
     def head(self) -> Head:
@@ -89,6 +91,7 @@ class Provenance:
             "seed": spec.training.seed,
             "dataSeed": spec.dataset.seed,
             "worldSize": self.world,
+            "predictions": self.predictions,
             "microBatchSize": self.config.resolved.per_device_batch_size,
             "globalBatchSize": self.config.resolved.global_batch_size,
             "versions": versions(),
@@ -115,9 +118,10 @@ def write(
     folder: Path,
     processor: Any = None,
     gathered: dict[str, Any] | None = None,
-) -> None:
-    """Write the artifact's files; `stops` are the ids that end an answer. The model is of no use afterwards.
+) -> Any:
+    """Write the artifact's files; `stops` are the ids that end an answer.
 
+    Returns the model as whoever opens the files finds it; that which was trained may be of no use any more.
     `gathered`: the weights by name, when the model itself holds no more than a part of them.
 
     Raises Fault(AssertionFailed) when a saved adapter, read back, changes nothing or is not what was trained.
@@ -126,9 +130,9 @@ def write(
     head, width = provenance.head, _width(tuned.model)
     generation = _generation(tuned.model) if isinstance(head, LanguageHead) else None
     if provenance.config.resolved.tuner_type == "lora":
-        _write_adapter(tuned, provenance, folder, gathered)
+        published = _write_adapter(tuned, provenance, folder, gathered)
     else:
-        _write_model(tuned.model, dtype, folder, gathered, writes=isinstance(head, LanguageHead))
+        published = _write_model(tuned.model, dtype, folder, gathered, writes=isinstance(head, LanguageHead))
     if isinstance(head, VectorHead):
         tokenizer.model_max_length = provenance.config.spec.dataset.max_length
         vector.write_layout(folder, width, head.settings)
@@ -143,6 +147,17 @@ def write(
         generation.eos_token_id, generation.pad_token_id = stops, tokenizer.pad_token_id
         generation.save_pretrained(folder)
     (folder / "args.json").write_text(json.dumps(provenance.arguments(), indent=2, sort_keys=True) + "\n")
+    return published
+
+
+def follow(tuned: Tuned, dtype: Any, adapter: bool, folder: Path | None) -> Any:
+    """What `write` returns, on the processes that wrote nothing.
+
+    `folder`: the artifact, where the base took something in.
+    """
+    if folder is not None:
+        return _over(_base(tuned), folder)
+    return tuned.model if adapter else tuned.model.to(dtype)
 
 
 def upload(output: Output, folder: Path, provenance: Provenance) -> Artifact:
@@ -161,7 +176,7 @@ def upload(output: Output, folder: Path, provenance: Provenance) -> Artifact:
     )
 
 
-def _write_adapter(tuned: Tuned, provenance: Provenance, folder: Path, gathered: dict[str, Any] | None) -> None:
+def _write_adapter(tuned: Tuned, provenance: Provenance, folder: Path, gathered: dict[str, Any] | None) -> Any:
     assert provenance.base is not None, "an adapter has a base"
     tuned.model.save_pretrained(folder, safe_serialization=True, selected_adapters=["default"], state_dict=gathered)
     if tuned.terms:
@@ -171,9 +186,10 @@ def _write_adapter(tuned: Tuned, provenance: Provenance, folder: Path, gathered:
     if gathered is not None:
         see_read_back(tuned.model, folder, gathered)
     elif tuned.terms:
-        see_equal(tuned, folder)
+        return see_equal(tuned, folder)
     else:
         see_effect(tuned.model, folder)
+    return tuned.model
 
 
 def see_read_back(model: Any, folder: Path, gathered: dict[str, Any]) -> None:
@@ -224,21 +240,17 @@ def see_effect(model: Any, folder: Path) -> None:
     _see_change(adapted, plain, bool(result.unexpected_keys))
 
 
-def see_equal(tuned: Tuned, folder: Path) -> None:
+def see_equal(tuned: Tuned, folder: Path) -> Any:
     """Lay the saved adapter over the base as it was, and hold its logits against those of the trained model.
 
-    Raises Fault(AssertionFailed) when they differ by more than the rounding of the weights, or equal the base's.
+    Returns the model with the saved adapter; the trained one is gone. Raises Fault(AssertionFailed) when they differ by
+    more than the rounding of the weights, or equal the base's.
     """
-    from peft import PeftModel
-
     tuned.model.eval()
     trained = _logits(tuned.model)
-    base = tuned.model.unload()
-    for term in reversed(tuned.terms):
-        beneath.give_back(base, term)
+    base = _base(tuned)
     plain = _logits(base)
-    published = PeftModel.from_pretrained(base, str(folder))
-    published.eval()
+    published = _over(base, folder)
     adapted = _logits(published)
     _see_change(adapted, plain, unread=False)
     apart = float((adapted - trained).abs().max() / trained.abs().max())
@@ -249,6 +261,24 @@ def see_equal(tuned: Tuned, folder: Path) -> None:
             f"the published adapter's logits are {apart:.2g} apart from the trained model's",
             "Set model.dtype: float32, or tuner.lora.initWeights: default.",
         )
+    return published
+
+
+def _base(tuned: Tuned) -> Any:
+    """The base as it was before it took anything in. Uses the trained model up."""
+    base = tuned.model.unload()
+    for term in reversed(tuned.terms):
+        beneath.give_back(base, term)
+    return base
+
+
+def _over(base: Any, folder: Path) -> Any:
+    """The base with a saved adapter."""
+    from peft import PeftModel
+
+    published = PeftModel.from_pretrained(base, str(folder))
+    published.eval()
+    return published
 
 
 def _logits(model: Any, rows: int | None = None) -> Any:
@@ -277,7 +307,7 @@ def _see_change(adapted: Any, plain: Any, unread: bool) -> None:
         )
 
 
-def _write_model(model: Any, dtype: Any, folder: Path, gathered: dict[str, Any] | None, writes: bool) -> None:
+def _write_model(model: Any, dtype: Any, folder: Path, gathered: dict[str, Any] | None, writes: bool) -> Any:
     import torch
 
     # Training switches the cache off; whoever generates with the model wants it.
@@ -288,6 +318,7 @@ def _write_model(model: Any, dtype: Any, folder: Path, gathered: dict[str, Any] 
         model = model.to(dtype)
     model.save_pretrained(folder, safe_serialization=True, max_shard_size="5GB", state_dict=gathered)
     (folder / "README.md").unlink(missing_ok=True)
+    return model
 
 
 def _generation(model: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 from trimtab_api import inputs, memory
 from trimtab_api.conditions import Reason
 from trimtab_api.contract import Ending, RunConfig
+from trimtab_api.v1alpha1.status import Artifact, Predictions
 from trimtab_trainer import checkpoint, publish, report, stopping, strategies
 from trimtab_trainer.arguments import precision, weight_dtype
 from trimtab_trainer.data import collecting, kept, packing, sequences, streaming
@@ -26,7 +27,9 @@ from trimtab_trainer.data.rows import IMAGES
 from trimtab_trainer.data.seen import Seen, Sizes, spacious
 from trimtab_trainer.data.sequences import Encoder
 from trimtab_trainer.distributed import Group, once, once_per_pod
-from trimtab_trainer.endings import Fault
+from trimtab_trainer.endings import Fault, fault_of
+from trimtab_trainer.evaluation import questions
+from trimtab_trainer.evaluation.evaluator import AtStart, Evaluator, Surroundings
 from trimtab_trainer.inputs import MODEL_FILES, SMALL_MODEL_FILES, LocalModel, Pins, fetch_data, fetch_model
 from trimtab_trainer.merge.lineage import fetch_with_base
 from trimtab_trainer.methods import METHODS, Method
@@ -69,6 +72,8 @@ class Prepared:
     """Of a model with vision."""
     media: Media | None = None
     """The images that rows show."""
+    questions: Path | None = None
+    """The validation rows as the evaluation asks them; None when it is not asked for."""
 
     @property
     def dataset_digest(self) -> str:
@@ -114,7 +119,7 @@ class Run:
         self.strategy.prepare()
         tuned = self._tuned(prepared, work)
         movement = Movement(tuned.model)
-        trainer, stop = self._trainer(tuned.model, prepared, resume, work)
+        trainer, stop, evaluator = self._trainer(tuned.model, prepared, resume, work)
         over = resume is not None and stopping.is_over(self.config.spec.training.early_stopping, resume.path)
         if resume is None or not (resume.finished or over):
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume.path))
@@ -130,7 +135,13 @@ class Run:
             )
         if self.step > 1:
             movement.see(trainer.model)
-        return self._hand_over(trainer, prepared, tuned, work)
+        once(self.group, lambda: self._report(trainer, prepared, work))
+        artifact, model = self._publish(trainer, prepared, tuned, work)
+        predictions = None
+        if evaluator is not None:
+            predictions = self._evaluate(evaluator, model, artifact)
+            once(self.group, lambda: self._report(trainer, prepared, work))
+        return self._ending(artifact, predictions, prepared)
 
     def tokenise(self) -> None:
         """Tokenise the rows and keep them, so that the run itself fetches them: no weight is opened.
@@ -188,6 +199,9 @@ class Run:
         if len(set(group.all_of(key))) > 1:
             raise Fault(Reason.INPUT_CHANGED, "the pods read different rows", "Start the job again.")
         rows, digest = self._tokenised(key, tokenise, work / "sequences")
+        asked = None if config.spec.evaluation is None else work / "questions.jsonl"
+        if asked is not None:
+            once_per_pod(group, lambda: questions.write(collected, config, loaded, render, stops, asked))
         return Prepared(
             collected=collected,
             base=base,
@@ -202,6 +216,7 @@ class Run:
             new_tokens=new_tokens,
             processor=processor,
             media=media,
+            questions=asked,
         )
 
     def _tokenised(self, key: str, tokenise: kept.Make, into: Path) -> tuple[Path, str]:
@@ -348,7 +363,7 @@ class Run:
 
     def _trainer(
         self, model: Any, prepared: Prepared, resume: checkpoint.Resume | None, work: Path
-    ) -> tuple[Any, StopTogether]:
+    ) -> tuple[Any, StopTogether, Evaluator | None]:
         from datasets import Dataset
         from transformers import PrinterCallback
 
@@ -356,7 +371,7 @@ class Run:
         keep = self.config.spec.checkpoint.keep
         keeper = checkpoint.Keeper(self.output, self.group, keep, made_by, self.strategy)
         watch = Watch(self.reporter, self.group, keeper, self.config.attempt, self.from_step)
-        stop = StopTogether(self.notice, self.group)
+        stop, at_start = StopTogether(self.notice, self.group), AtStart()
         asked = self.config.spec.training.early_stopping
         early = [] if asked is None or prepared.validation is None else [stopping.StopEarly(asked)]
         validation = None if prepared.validation is None else Dataset.from_file(str(prepared.validation))
@@ -371,7 +386,7 @@ class Run:
                 train=Dataset.from_file(str(prepared.train)),
                 validation=validation,
                 folder=work / "checkpoints",
-                callbacks=[*early, stop, keeper, watch],
+                callbacks=[*early, stop, keeper, at_start, watch],
                 base=prepared.base,
                 stream=prepared.stream,
                 further=prepared.further,
@@ -383,12 +398,31 @@ class Run:
         trainer.lora_plus_ratio = adapter.settings(self.config.spec).lora_plus_ratio
         trainer.remove_callback(PrinterCallback)
         keeper.trainer = watch.trainer = trainer
+        evaluator = self._evaluator(trainer, prepared, watch, work)
+        if evaluator is not None and self.config.spec.evaluation is not None and self.config.spec.evaluation.at_start:
+            at_start.evaluator = evaluator
         # What was evaluated before the first step is in the history that a checkpoint brings.
         trainer.args.eval_on_start = trainer.args.eval_on_start and resume is None
         if resume is not None:
             keeper.window = resume.path / checkpoint.window_file(self.group.place.rank)
             keeper.complete = once(self.group, self.output.checkpoints)
-        return trainer, stop
+        return trainer, stop, evaluator
+
+    def _evaluator(self, trainer: Any, prepared: Prepared, watch: Watch, work: Path) -> Evaluator | None:
+        if prepared.questions is None:
+            return None
+        around = Surroundings(
+            config=self.config,
+            group=self.group,
+            notice=self.notice,
+            output=self.output,
+            tokenizer=prepared.tokenizer,
+            stops=prepared.stops,
+            made_by=self._provenance(prepared).made_by(),
+            folder=work / "predictions",
+            splits_weights=self.strategy.splits_weights and self.group.place.world > 1,
+        )
+        return Evaluator(around, questions.read(prepared.questions), trainer, watch.answered)
 
     def _provenance(self, prepared: Prepared) -> publish.Provenance:
         return publish.Provenance(
@@ -398,7 +432,12 @@ class Run:
             sequences_digest=prepared.sequences_digest,
             template=None if prepared.template is None else prepared.template.source,
             world=self.group.place.world,
+            predictions=None if prepared.questions is None else self._below(self.output.layout.predictions(self.step)),
         )
+
+    def _below(self, prefix: str) -> str:
+        """A prefix of this run without the part that says where all of them are."""
+        return prefix.removeprefix(f"{self.output.layout.prefix}/")
 
     def _facts(self, prepared: Prepared, model: Any) -> dict[str, str]:
         """What the page tells beside the curves."""
@@ -420,46 +459,76 @@ class Run:
             facts["estimated memory"] = memory.text(estimate.total_bytes)
         return facts
 
-    def _hand_over(self, trainer: Any, prepared: Prepared, tuned: tuning.Tuned, work: Path) -> Ending:
+    def _publish(self, trainer: Any, prepared: Prepared, tuned: tuning.Tuned, work: Path) -> tuple[Artifact, Any]:
+        """Seal the artifact. Returns it and, where answers are asked for, the model as whoever opens it finds it.
+
+        None stands for the trainer's model, which nobody but all processes together holds.
+        """
         import torch
 
-        collected = self._all_skipped(prepared)
         dtype = getattr(torch, precision(self.config))
         model = trainer.published()
         gathered = self._gathered(trainer, model, dtype) if self.strategy.splits_weights else None
+        handed, folder, written = tuning.Tuned(model, tuned.terms), work / "artifact", None
+        provenance = self._provenance(prepared)
 
-        def hand_over() -> Ending:
-            provenance = self._provenance(prepared)
-            folder, name = work / "artifact", self.config.job.name
-            about = report.About(
-                title=f"{name}: {self.config.spec.method}",
-                facts=self._facts(prepared, trainer.model),
-                spec={"spec": self.config.spec.dump(), "resolved": self.config.resolved.dump()},
+        def publish_once() -> Artifact:
+            nonlocal written
+            written = publish.write(
+                handed, prepared.tokenizer, prepared.stops, dtype, provenance, folder, prepared.processor, gathered
             )
-            report.write(trainer.state.log_history, about, work / "report")
-            upload_whole(self.output, work / "report", self.output.layout.report, provenance.made_by())
-            publish.write(
-                tuning.Tuned(model, tuned.terms),
-                prepared.tokenizer,
-                prepared.stops,
-                dtype,
-                provenance,
-                folder,
-                prepared.processor,
-                gathered,
-            )
-            artifact = publish.upload(self.output, folder, provenance)
-            return Ending(
-                reason=Reason.SUCCEEDED,
-                message=f"published {artifact.kind} after {self.step} steps{collected.remark}",
-                from_step=self.from_step,
+            return publish.upload(self.output, folder, provenance)
+
+        artifact = once(self.group, publish_once)
+        if prepared.questions is None or self.strategy.splits_weights:
+            return artifact, None
+        fetched = None
+        if tuned.terms:
+            into = work / "published"
+            fetched = once_per_pod(self.group, lambda: self.output.fetch(artifact.uri, into, artifact.digest))
+        if self.group.place.first:
+            return artifact, written
+        return artifact, publish.follow(handed, dtype, self.config.resolved.tuner_type == "lora", fetched)
+
+    def _evaluate(self, evaluator: Evaluator, model: Any, artifact: Artifact) -> Predictions:
+        """Let the model answer. The artifact stands by now: whatever goes wrong says where it is."""
+        try:
+            return evaluator(self.step, model)
+        except Exception as error:
+            fault = fault_of(error)
+            raise Fault(
+                fault.reason,
+                f"the evaluation ended after the {artifact.kind} was published as {artifact.uri}: {fault.message}",
+                fault.hint,
                 step=self.step,
-                artifact=artifact,
-                rows=None if prepared.stream else collected.rows,
-                dataset_digest=prepared.dataset_digest,
-            )
+            ) from error
 
-        return once(self.group, hand_over)
+    def _report(self, trainer: Any, prepared: Prepared, work: Path) -> None:
+        about = report.About(
+            title=f"{self.config.job.name}: {self.config.spec.method}",
+            facts=self._facts(prepared, trainer.model),
+            spec={"spec": self.config.spec.dump(), "resolved": self.config.resolved.dump()},
+        )
+        folder, prefix = work / "report", self.output.layout.report
+        # TensorBoard would draw the events of an earlier report beside those of this one.
+        shutil.rmtree(folder, ignore_errors=True)
+        self.output.delete(prefix)
+        report.write(trainer.state.log_history, about, folder)
+        upload_whole(self.output, folder, prefix, self._provenance(prepared).made_by())
+
+    def _ending(self, artifact: Artifact, predictions: Predictions | None, prepared: Prepared) -> Ending:
+        collected = self._all_skipped(prepared)
+        answered = "" if predictions is None else f", {predictions.rows} validation rows answered"
+        return Ending(
+            reason=Reason.SUCCEEDED,
+            message=f"published {artifact.kind} after {self.step} steps{answered}{collected.remark}",
+            from_step=self.from_step,
+            step=self.step,
+            artifact=artifact,
+            predictions=predictions,
+            rows=None if prepared.stream else collected.rows,
+            dataset_digest=prepared.dataset_digest,
+        )
 
     def _gathered(self, trainer: Any, model: Any, dtype: Any) -> dict[str, Any]:
         """What is published, on the first process, of weights that all processes hold in parts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from typing import Any
@@ -16,6 +17,8 @@ from trimtab_trainer.distributed import Group
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.progress import Reporter, eta_text, now_text
 from trimtab_trainer.report import metrics
+
+log = logging.getLogger(__name__)
 
 METRICS_KEPT = 32
 """Names that a status holds."""
@@ -72,11 +75,24 @@ class Watch(TrainerCallback):
         elif "eval_loss" in logs:
             self._take(logs)
             self._tell(state, eval_loss=_finite(logs["eval_loss"]))
+        elif any(name.startswith("eval_") for name in logs):
+            self._take(logs, first=True)
+            self._tell(state)
 
-    def _take(self, logs: dict[str, float]) -> None:
-        """Remember what is logged beside the fields of Progress, the names that were there first."""
-        told = {name: value for name, value in metrics(logs).items() if name not in Progress.model_fields}
-        known = {**self._progress.metrics, **{name[:NAME_LIMIT]: _short(value) for name, value in told.items()}}
+    def answered(self, state: Any, done: int, total: int) -> None:
+        """Tell that an evaluation gets on: it takes no step, and who is silent for long is taken to hang."""
+        log.info("%d of %d rows are answered", done, total)
+        self._tell(state)
+
+    def _take(self, logs: dict[str, float], first: bool = False) -> None:
+        """Remember what is logged beside the fields of Progress: the names that were there first, or before them."""
+        found = {
+            name[:NAME_LIMIT]: _short(value)
+            for name, value in metrics(logs).items()
+            if name not in Progress.model_fields
+        }
+        before = {name: value for name, value in self._progress.metrics.items() if name not in found}
+        known = {**found, **before} if first else {**self._progress.metrics, **found}
         self._progress = self._progress.model_copy(update={"metrics": dict(list(known.items())[:METRICS_KEPT])})
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -485,6 +485,26 @@ PRECISION = (
 )
 """What weights are kept in."""
 
+EVALUATION = (
+    Rule(
+        f"!has(self.evaluation) || {_VALIDATED}",
+        "needs rows to answer: give dataset.validation or dataset.validationSplit",
+        field_path=".evaluation",
+    ),
+    Rule(
+        f"!has(self.evaluation) || !({_HEADS})",
+        "remove it: this method's model gives numbers and writes no answers; training.evalSteps tells how well it does",
+        field_path=".evaluation",
+    ),
+    Rule(
+        "!has(self.evaluation) || !has(self.evaluation.metrics) || "
+        "self.evaluation.metrics.all(each, self.evaluation.metrics.exists_one(other, other == each))",
+        "names a metric twice: name it once",
+        field_path=".evaluation.metrics",
+    ),
+)
+"""Answers to the validation rows."""
+
 COMBINATIONS = (
     *SCRATCH,
     *TUNER,
@@ -498,5 +518,6 @@ COMBINATIONS = (
     *QUANTIZED,
     *PARALLEL,
     *PRECISION,
+    *EVALUATION,
 )
 """All rows, in the order in which they are told."""

@@ -16,6 +16,7 @@ from trimtab_api.schema import (
 )
 from trimtab_api.v1alpha1.combinations import COMBINATIONS
 from trimtab_api.v1alpha1.dataset import Dataset, Template
+from trimtab_api.v1alpha1.evaluation import Evaluation
 from trimtab_api.v1alpha1.heads import Classification, Embedding, Reranker, RewardModel
 from trimtab_api.v1alpha1.model import FineTuneModel
 from trimtab_api.v1alpha1.output import Output
@@ -73,6 +74,8 @@ class FineTuneJobSpec(Model):
     """Which weights move."""
     training: Training = Field(default_factory=Training)
     """The optimisation."""
+    evaluation: Evaluation | None = None
+    """Let the tuned model answer the validation rows, and score what it says. By default only the validation loss is told."""
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     """What is kept so that a run can go on."""
     distributed: Distributed = Field(default_factory=Distributed)
@@ -130,7 +133,8 @@ class FineTuneJob(Model):
             *(
                 fixed_once_started(field)
                 for field in (
-                    "method", "model", "dataset", "template", "tuner", "training", "checkpoint", "distributed",
+                    "method", "model", "dataset", "template", "tuner", "training", "evaluation",
+                    "checkpoint", "distributed",
                     "dpo", "kto", "cpo", "simpo", "orpo",
                     "grpo", "ppo", "gkd",
                     "rewardModel", "classification", "embedding", "reranker",

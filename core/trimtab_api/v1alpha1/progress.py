@@ -11,7 +11,7 @@ from trimtab_api.schema import (
     list_map,
 )
 from trimtab_api.v1alpha1.source import Digest
-from trimtab_api.v1alpha1.status import Artifact, Condition, Message, PinnedInput, Time
+from trimtab_api.v1alpha1.status import Artifact, Condition, Message, PinnedInput, Predictions, Time
 
 
 class Attempt(Model):
@@ -61,7 +61,7 @@ class Progress(Model):
     grad_norm: float | None = None
     """Norm of the gradient before clipping."""
     metrics: Annotated[dict[str, float], Field(max_length=32)] = Field(default_factory=dict)
-    """What the method logs besides, each by its name, newest values: rewards, margins, accuracies; eval_ those of the validation rows."""
+    """What the method logs besides, each by its name, newest values: rewards, margins, accuracies; eval_ those of the validation rows, of which eval_exactMatch and the like are the evaluation's."""
     tokens_per_second: Annotated[float | None, Field(ge=0)] = None
     """Tokens of all processes per second."""
     eta_seconds: Annotated[int | None, Field(ge=0)] = None
@@ -185,3 +185,5 @@ class FineTuneJobStatus(Model):
     """What the run takes on one device, estimated before it started; absent for an architecture that is not known."""
     artifact: Artifact | None = None
     """What the job made."""
+    predictions: Predictions | None = None
+    """What the tuned model answered in the evaluation."""

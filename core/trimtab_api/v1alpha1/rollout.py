@@ -15,6 +15,10 @@ Coefficient = Annotated[float, Field(ge=0, le=1000)]
 Clip = Annotated[float, Field(gt=0, le=100)]
 
 
+RewardName = Literal["accuracy", "format", "softOverlong", "repetition", "cosine"]
+"""Rewards that are formulas."""
+
+
 class RewardSource(Model):
     """A model that gives a conversation one number."""
 
@@ -36,7 +40,7 @@ class Reward(OneOf):
 
     members: ClassVar[tuple[str, ...]] = ("name", "rewardModel", "python")
 
-    name: Literal["accuracy", "format", "softOverlong", "repetition", "cosine"] | None = None
+    name: RewardName | None = None
     """accuracy: 1 when the answer is the row's column solution, else 0. format: 1 for <think>…</think><answer>…</answer>, else 0. softOverlong: 0, falling to -1 over the last fifth of maxCompletionLength. repetition: from 0 to -1 by the share of repeated triples of words. cosine: right answers earn more when they are short, wrong ones lose less when they are long; reads solution."""
     reward_model: RewardSource | None = None
     """Ask a reward model."""

@@ -72,6 +72,17 @@ class Artifact(Model):
     """Size of all files together, in bytes."""
 
 
+class Predictions(Model):
+    """What a model answered: JSON lines in object storage, with their scores beside them."""
+
+    uri: Annotated[str, Field(max_length=1100)]
+    """Prefix with a manifest; below it predictions.jsonl, one row a line, and metrics.json."""
+    digest: Digest
+    """sha256 over its manifest.json."""
+    rows: Annotated[int, Field(ge=0)]
+    """Rows that were answered."""
+
+
 class PinnedInput(Model):
     """One input as it was when the work began; later changes of the source do not reach the job."""
 

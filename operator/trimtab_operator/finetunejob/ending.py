@@ -160,6 +160,7 @@ def succeed(seen: Seen, now: datetime, end: PodEnd) -> Plan:
         attempts=status.record(seen.job, done),
         progress=progress,
         artifact=artifact,
+        predictions=end.ending.predictions,
         completion_time=status.stamp(now),
         **changes,
     )

@@ -27,7 +27,7 @@ from tests.unit.operator.makers import (
 )
 from trimtab_api.contract import Ending, ProgressReport
 from trimtab_api.v1alpha1.progress import FineTuneJobStatus, Memory, Progress
-from trimtab_api.v1alpha1.status import PinnedInput
+from trimtab_api.v1alpha1.status import PinnedInput, Predictions
 from trimtab_operator.finetunejob import status
 from trimtab_operator.finetunejob.plan import hindered, plan
 from trimtab_operator.plan import Plan
@@ -515,3 +515,12 @@ def test_deletion_lets_every_pod_go_and_makes_nothing() -> None:
     assert decided.release == left
     assert decided.create == ()
     assert decided.status is None
+
+
+def test_the_place_of_the_answers_stands_beside_the_artifact() -> None:
+    answered = Predictions(uri="s3://bucket/runs/ns/job/u1/predictions/000000009", digest="sha256:" + "c" * 64, rows=3)
+    ended = published().model_copy(update={"predictions": answered})
+    decided = plan(Story().attempt(1).runs(main(0, ended)).seen(), NOW)
+    assert decided.status is not None
+    assert decided.status["predictions"] == answered.dump()
+    assert decided.status["artifact"]["digest"]

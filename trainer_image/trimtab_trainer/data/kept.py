@@ -27,8 +27,8 @@ WORTH_KEEPING = 1 << 20
 """Bytes of tokenised rows below which tokenising again is as quick as fetching."""
 TOKENIZER_SUFFIXES = (".json", ".model", ".txt", ".jinja")
 _ELSEWHERE = {
-    "training", "checkpoint", "distributed", "tuner", "reports", "output", "storage", "pod", "suspend", "retries",
-    "activeDeadlineSeconds", "hangTimeoutSeconds", "ttlSecondsAfterFinished",
+    "training", "checkpoint", "evaluation", "distributed", "tuner", "reports", "output", "storage", "pod", "suspend",
+    "retries", "activeDeadlineSeconds", "hangTimeoutSeconds", "ttlSecondsAfterFinished",
 }  # fmt: skip
 """Parts of a spec that no token depends on."""
 _IN_ROWS = {"train", "validation", "cache", "workers"}

@@ -23,6 +23,7 @@ class Sampling:
     longest: int
     """Most tokens of an answer."""
     temperature: float
+    """0 takes the likeliest token."""
     stops: Sequence[int]
     """Tokens that end an answer; the one that ended it is its last."""
     pad: int
@@ -54,19 +55,23 @@ class Engine(Protocol):
 
 
 class OwnModel:
-    """The trained model draws for itself, through transformers. Its randomness is torch's, so a checkpoint holds it."""
+    """The trained model draws for itself, through transformers. Its randomness is torch's, so a checkpoint holds it.
 
-    def __init__(self, trainer: Any, sampling: Sampling, look: Sight):
+    `model`: who is asked in place of the trainer's model as it is wrapped. `together`: weights are split, so that every
+    forward pass is one of all processes; those that are done go along until the last one is.
+    """
+
+    def __init__(self, trainer: Any, sampling: Sampling, look: Sight, model: Any = None, together: bool = False):
         self._trainer = trainer
         self._look = look
         self._sampling = sampling
+        self._model = model
+        self._together = together
+        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0, "min_p": None}
         self._settings: dict[str, Any] = {
             "max_new_tokens": sampling.longest,
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": 0,
-            "min_p": None,
+            "do_sample": sampling.temperature > 0,
+            **(drawn if sampling.temperature > 0 else {}),
             "repetition_penalty": 1.0,
             "suppress_tokens": list(sampling.never) or None,
             "eos_token_id": list(sampling.stops),
@@ -76,24 +81,26 @@ class OwnModel:
     def generate(self, prompts: Sequence[TokenIds]) -> Spoken:
         """See Engine."""
         trainer = self._trainer
+        wrapped = trainer.model_wrapped if self._model is None else self._model
         ids, mask = pad_left(prompts, self._sampling.pad, trainer.args.device)
         asked = self._look({"input_ids": ids, "attention_mask": mask})
         with (
             # The model's own settings would fill in whatever equals a library default: all of them are replaced.
             unwrap_model_for_generation(
-                trainer.model_wrapped,
+                wrapped,
                 trainer.accelerator,
+                gather_deepspeed3_params=not self._together,
                 generation_kwargs=self._settings,
                 gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
             ) as model,
             torch.no_grad(),
             trainer.accelerator.autocast(),
-            DistributedBackend(trainer.accelerator).summon_full_params(trainer.model_wrapped, recurse=False),
+            DistributedBackend(trainer.accelerator).summon_full_params(wrapped, recurse=False),
         ):
             training = model.training
             model.eval()
             settings = GenerationConfig(**self._settings, disable_compile=True)
-            whole = model.generate(**asked, generation_config=settings)
+            whole = model.generate(**asked, generation_config=settings, synced_gpus=self._together)
             model.train(training)
         drawn = whole[:, ids.shape[1] :].tolist()
         return Spoken([self._ended(answer) for answer in drawn], None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pyarrow.compute
 
 from trimtab_api.conditions import Reason
@@ -12,8 +14,13 @@ from trimtab_trainer.methods.parts import Parts
 
 def see_room(parts: Parts, longest: int, field: str) -> None:
     """Raise Fault(SpecInvalid) when the longest prompt and `longest` tokens exceed the model's positions."""
-    room = getattr(parts.model.config.get_text_config(), "max_position_embeddings", None)
     prompt = pyarrow.compute.max(pyarrow.compute.list_value_length(parts.train.data.column(PROMPT))).as_py()
+    see_fits(parts.model, prompt, longest, field)
+
+
+def see_fits(model: Any, prompt: int, longest: int, field: str) -> None:
+    """The same for a prompt of so many tokens."""
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(room, int) and prompt + longest > room:
         raise Fault(
             Reason.SPEC_INVALID,
