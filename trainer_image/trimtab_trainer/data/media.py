@@ -151,7 +151,7 @@ def _see_none(raw: Mapping[str, Any], columns: Iterable[str], where: str, number
     """Raise Fault(DataInvalid) when a row brings what is not looked at."""
     for column in columns:
         if raw.get(column):
-            raise broken(where, number, f"'{column}' is given, and this method does not look at it", "Leave it out.")
+            raise broken(where, number, f"'{column}' is given, and this job does not look at it", "Leave it out.")
 
 
 def see_prompt_alone(row: Row, answers: Iterable[Mapping[str, Any]], where: str, number: int) -> None:

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from tests.unit.trainer.conftest import conversation, lines, run_config, training
-from trimtab_api.contract import Ending, ModelInput, ProgressReport
+from trimtab_api.contract import Ending, ModelInput, ProgressReport, RunConfig
 from trimtab_api.v1alpha1.finetunejob import FineTuneJobSpec
 from trimtab_trainer.distributed import Group, Place
 from trimtab_trainer.model import tokenizer
@@ -175,8 +175,6 @@ def run_here(
     **fields: Any,
 ) -> Done:
     """A job in this process, on inline rows."""
-    from trimtab_trainer.run import Run
-
     asked = {
         "train": [{"from": {"inline": lines(rows)}}],
         "validation": [{"from": {"inline": lines(list(held_out))}}] if held_out else [],
@@ -190,8 +188,15 @@ def run_here(
         ModelInput(field=field, reference=f"fineTuneJob/{folder.parent.name}", path=str(folder))
         for field, folder in (further or {}).items()
     ]
-    config = run_config(wanted, output, name=output.name, model=base, further=beside)
-    group = Group(Place(0, 0, 1, 1), 1, 60)
+    return run_config_here(run_config(wanted, output, name=output.name, model=base, further=beside))
+
+
+def run_config_here(config: RunConfig) -> Done:
+    """run.json, run in this process."""
+    from trimtab_trainer.run import Run
+
+    assert config.output.path is not None
+    output, group = Path(config.output.path), Group(Place(0, 0, 1, 1), 1, 60)
     return Done(Run(config, group, output.with_name(output.name + "-work"), Notice(), Quiet())(), output)
 
 

@@ -154,7 +154,7 @@ ANSWERED = {**conversation("what is red?", "<image>"), "images": ["a.png"]}
         ("dpo", {**SHOWN, "rejected_response": "<image>"}, {}, "an answer shows an <image>"),
         ("kto", {**ANSWERED, "label": True}, {}, "an answer shows an <image>"),
         ("gkd", ANSWERED, {"gkd": {"teacher": {"from": {"fineTuneJob": {"name": "t"}}}}}, "an answer shows an <image>"),
-        ("grpo", {**SHOWN, "solution": "red"}, {"grpo": JUDGED}, "'images' is given, and this method does not look"),
+        ("grpo", {**SHOWN, "solution": "red"}, {"grpo": JUDGED}, "'images' is given, and this job does not look"),
         ("ppo", SHOWN, {"ppo": {"rewardModel": {"from": {"fineTuneJob": {"name": "j"}}}}}, "'images' is given"),
         ("embedding", {"anchor": "a", "positive": "b", "image": "a.png"}, {}, "'image' is given"),
         ("sft", {**conversation("what happens?", "It sinks."), "videos": ["a.mp4"]}, {}, "'videos' is given"),

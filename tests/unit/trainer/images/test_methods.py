@@ -13,12 +13,26 @@ import torch
 from safetensors.torch import load_file
 
 from tests.matrix import proves
-from tests.unit.trainer.images.conftest import COLOURS, QUESTION, SHADES, UNSEEN, Rows, Tune, others, painted, shown
+from tests.unit.trainer.conftest import run_config
+from tests.unit.trainer.images.conftest import (
+    COLOURS,
+    QUESTION,
+    SHADES,
+    UNSEEN,
+    Rows,
+    Tune,
+    others,
+    painted,
+    run_config_here,
+    shown,
+)
+from trimtab_trainer import yamlfile
 from trimtab_trainer.inputs import LocalModel
 from trimtab_trainer.model import scalar
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
+EXAMPLES = Path(__file__).resolve().parents[4] / "examples" / "images"
 FULL: dict[str, Any] = {"type": "full"}
 LORA: dict[str, Any] = {"lora": {"rank": 8, "dropout": 0}}
 BOTH = pytest.mark.parametrize("tuner", [FULL, LORA], ids=["full", "lora"])
@@ -225,4 +239,13 @@ def test_the_right_name_comes_first(tune: Tune, mistaken: Path) -> None:
     plan = {"maxSteps": 30, "perDeviceBatchSize": 8, "learningRate": 5e-3, "evalSteps": 30}
     done = tune("reranker", rows(SHADES), *rows(UNSEEN), tuner=LORA, reranker={"loss": "listwise"}, training=plan)
     assert done.logged("eval_accuracy")[-1] > 0.9
+    see_eyes_alone(mistaken, done.folder)
+
+
+@pytest.mark.parametrize("name", ["dpo", "sequence-classification"])
+def test_the_example_runs_as_it_is(name: str, mistaken: Path, tmp_path: Path) -> None:
+    _, wanted = yamlfile.read(EXAMPLES / f"{name}.yaml")
+    done = run_config_here(run_config(wanted, tmp_path / "out", model=mistaken))
+    assert done.ending.artifact is not None
+    assert done.ending.artifact.kind == "adapter"
     see_eyes_alone(mistaken, done.folder)
