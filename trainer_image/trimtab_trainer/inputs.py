@@ -29,7 +29,14 @@ TOKENIZER_FILES = (
     "merges.txt",
     "*.model",
 )
-SMALL_MODEL_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json", "adapter_config.json", "args.json")
+SMALL_MODEL_FILES = (
+    *TOKENIZER_FILES,
+    "config.json",
+    "generation_config.json",
+    "*processor_config.json",
+    "adapter_config.json",
+    "args.json",
+)
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 MODEL_FILES = (*WEIGHT_FILES, *SMALL_MODEL_FILES)
 ADAPTER_CONFIG = "adapter_config.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fnmatch
 import io
 import json
 import shutil
@@ -22,6 +23,7 @@ from trimtab_trainer.data.collecting import PartReader
 from trimtab_trainer.data.media import Root, attached, gather, tagged
 from trimtab_trainer.data.seen import Seen, Sizes, spacious
 from trimtab_trainer.endings import Fault
+from trimtab_trainer.inputs import SMALL_MODEL_FILES
 from trimtab_trainer.methods import METHODS
 from trimtab_trainer.model import tokenizer, vision
 from trimtab_trainer.template import ChatTemplate
@@ -205,6 +207,15 @@ def test_an_image_stands_in_the_ids_until_a_batch_shows_it(seeing: Path, tmp_pat
     assert one != other
     assert (batch["mm_token_type_ids"] == 1).sum() == 16
     assert batch["KL_mm_token_type_ids"].shape == (1, ids.shape[1])
+
+
+def test_what_opens_a_processor_is_fetched_with_its_model(seeing: Path, tmp_path: Path) -> None:
+    """From object storage and the hub the files come that are named; the image processor's are among them."""
+    for path in seeing.iterdir():
+        if any(fnmatch.fnmatch(path.name, pattern) for pattern in SMALL_MODEL_FILES):
+            shutil.copy(path, tmp_path)
+    found = vision.load_processor(tmp_path, tokenizer.load(tmp_path, "model.from"), "model.from")
+    assert vision.lengths(found, [(56, 56)]) == [4]
 
 
 def test_a_placeholder_in_a_text_is_told(seeing: Path, tmp_path: Path) -> None:
