@@ -104,6 +104,14 @@ test-e2e: venv ## The whole line on a real node
 bench: venv ## Speed, side by side with what others do
 	@$(PYTHON) -m bench
 
+# On a machine with GPUs that holds torch already, PYTHON=python3 takes its own.
+.PHONY: test-gpu bench-gpu
+test-gpu: ## What only a GPU can show; without one all is skipped
+	@$(PYTEST) tests/gpu
+
+bench-gpu: ## Tokens/s, MFU and memory on one GPU (ROWS="--tiny" runs without one)
+	@$(PYTHON) -m bench.gpu $(ROWS)
+
 # ---------------------------------------------------------------- versions
 
 FLAGS := --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 \

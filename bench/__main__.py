@@ -5,7 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
-BENCHES = ("store", "operator", "trainer", "merge", "server")
+BENCHES = (
+    *("store", "operator", "trainer", "merge", "server"),
+    *("methods", "packing", "preprocessing"),
+)
 
 
 def main() -> int:
