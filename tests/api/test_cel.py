@@ -302,6 +302,7 @@ ACCEPTED = (
     (F, {"model.quantization": {"method": "bnb8"}, "distributed.strategy": "zero2", "model.dtype": "float16"}),
     (F, {"distributed": {"strategy": "deviceMap", "processesPerNode": 1}}),
     (F, {"method": "dpo", "model.quantization": {"method": "bnb4"}, "distributed.strategy": "fsdp2"}),
+    (F, {"method": "rewardModel", "model.quantization": {"method": "bnb4"}, "distributed.strategy": "zero3"}),
     (F, {"method": "kto", "training.perDeviceBatchSize": 2, "tuner.type": "full", "distributed": {"strategy": "zero3", "offload": {"parameters": True}}}),
     (F, {"distributed": {"strategy": "zero3", "offload": {"optimizer": True, "parameters": True}}}),
     (F, {"distributed": {"strategy": "fsdp2", "offload": {"parameters": True}}}),

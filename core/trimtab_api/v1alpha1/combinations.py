@@ -359,7 +359,10 @@ HEADS = (
 )
 """Models that answer with numbers."""
 
-QUANTIZABLE = ("pretrain", "sft", "dpo", "kto", "cpo", "simpo", "orpo")
+QUANTIZABLE = (
+    *("pretrain", "sft", "dpo", "kto", "cpo", "simpo", "orpo"),
+    *("rewardModel", "sequenceClassification", "embedding", "reranker"),
+)
 """Methods that are proven on quantised weights."""
 
 QUANTIZED = (
@@ -411,7 +414,10 @@ QUANTIZED = (
 )
 """Weights that are quantised as they are loaded."""
 
-SPREAD = ("pretrain", "sft", "dpo", "kto", "cpo", "simpo", "orpo")
+SPREAD = (
+    *("pretrain", "sft", "dpo", "kto", "cpo", "simpo", "orpo"),
+    *("rewardModel", "sequenceClassification", "embedding", "reranker"),
+)
 """Methods that are proven with every strategy; what one of them cannot do all the same is a rule of its own."""
 
 PARALLEL = (

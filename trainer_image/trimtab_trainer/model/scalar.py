@@ -70,14 +70,13 @@ def load(
 
     found = architecture(local.path, field, local.reference)
     set_seed(seed)
-    more = {**how, "problem_type": problem_type} if problem_type else how
-    model, missing = _open(local, field, dtype, found, labels, more)
+    more = {"problem_type": problem_type} if problem_type else {}
+    model, missing = _open(local, field, dtype, found, labels, more, how)
     if strange := sorted(missing - head_names(model)):
         raise Fault(
             Reason.MODEL_INVALID,
             f"{field} {local.reference}: {len(strange)} weights are missing, first {', '.join(strange[:3])}",
         )
-    _draw_split(model, missing, seed)
     set_padding(model, pad_token_id)
     return model
 
@@ -136,23 +135,6 @@ def score_ids(model: Any, sequences: Sequence[Sequence[int]], batch: int = 8) ->
     return scores
 
 
-def _draw_split(model: Any, missing: set[str], seed: int) -> None:
-    """Draw a head again whose weights are split as it is loaded: as the rest was made, numbers were drawn before it."""
-    from transformers import set_seed
-
-    fresh = [weight for name, weight in model.named_parameters() if name in missing and hasattr(weight, "ds_id")]
-    if not fresh:
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(fresh, modifier_rank=0):
-        set_seed(seed)
-        for weight in fresh:
-            weight._is_hf_initialized = False
-        for name in head_modules(model):
-            model.get_submodule(name).apply(model._init_weights)
-
-
 def head_names(model: Any) -> set[str]:
     """Names of the weights that are the head alone."""
     backbone = f"{model.base_model_prefix}."
@@ -189,9 +171,15 @@ def own_labels(found: dict[str, Any]) -> int | None:
 
 
 def _open(
-    local: LocalModel, field: str, dtype: Any, found: dict[str, Any], labels: int, more: dict[str, Any]
+    local: LocalModel,
+    field: str,
+    dtype: Any,
+    found: dict[str, Any],
+    labels: int,
+    more: dict[str, Any],
+    how: dict[str, Any],
 ) -> tuple[Any, set[str]]:
-    """The model, and the names of the weights that its files do not hold."""
+    """The model, and the names of the weights that its files do not hold. `more` is its configuration's."""
     from transformers import AutoModelForSequenceClassification
 
     own = own_labels(found)
@@ -204,6 +192,12 @@ def _open(
     kind: Any = AutoModelForSequenceClassification
     if vision.sees(local.path):
         kind = vision.scalar_class(local.path, field)
+        if own is None and how:
+            raise Fault(
+                Reason.SPEC_INVALID,
+                f"{field} {local.reference} sees: a head is put on its backbone, neither quantised nor over devices",
+                "Leave model.quantization out, and choose another distributed.strategy than deviceMap.",
+            )
         if own is None:
             return _above(loading.load(local, field, dtype), kind, labels, more), {_SCORE}
     try:
@@ -215,6 +209,7 @@ def _open(
             use_safetensors=True,
             output_loading_info=True,
             **more,
+            **how,
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
@@ -252,7 +247,7 @@ def _whole(local: LocalModel, field: str, dtype: Any) -> Any:
             f"{field} {local.reference} is a {found.get('architectures')}: it has no head that gives scores",
             "Name what a FineTuneJob of method rewardModel or sequenceClassification made.",
         )
-    model, missing = _open(local, field, dtype, found, own, {})
+    model, missing = _open(local, field, dtype, found, own, {}, {})
     if missing:
         names = ", ".join(sorted(missing)[:3])
         raise Fault(

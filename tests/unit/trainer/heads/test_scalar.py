@@ -124,3 +124,10 @@ def test_an_adapter_comes_with_its_base(local: LocalModel, tmp_path: Path) -> No
     assert found.base is not None
     assert found.base.path == local.path
     assert scalar.open_published(found, "ppo.rewardModel", torch.float32)(TALKS).shape == (3, 1)
+
+
+def test_a_head_on_eyes_is_loaded_whole(local: LocalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scalar.vision, "sees", lambda _folder: True)
+    monkeypatch.setattr(scalar.vision, "scalar_class", lambda *_: None)
+    with pytest.raises(Fault, match="neither quantised nor over devices"):
+        scalar.load(local, "model.from", torch.float32, labels=1, seed=1, pad_token_id=0, device_map="auto")

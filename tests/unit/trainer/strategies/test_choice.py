@@ -47,7 +47,9 @@ def test_what_auto_becomes(fields: dict[str, Any], distributed: dict[str, Any], 
     assert wanted != "deviceMap" or resolved.world_size == 1
 
 
-@pytest.mark.parametrize(("method", "wanted"), [("dpo", "zero2"), ("kto", "zero2"), ("gkd", "ddp")])
+@pytest.mark.parametrize(
+    ("method", "wanted"), [("dpo", "zero2"), ("kto", "zero2"), ("embedding", "zero2"), ("gkd", "ddp")]
+)
 def test_auto_is_what_the_method_is_proven_with(method: str, wanted: str) -> None:
     assert resolve(spec(method, **FULL, distributed={"nodes": 2})).strategy == wanted
 
