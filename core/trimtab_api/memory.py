@@ -293,11 +293,12 @@ def _state(shape: Shape, way: Way) -> tuple[float, float, float]:
     masters = 0.0
     if way.tuner == "full":
         wide = way.width if way.pure else 4
-        reference = float(shape.parameters * wide) if way.reference else 0.0
-        weights = shape.parameters * wide + reference
+        # The tuned model, and one like it to compare with.
+        held: float = shape.parameters * (2 if way.reference else 1)
+        weights = held * wide
         if way.strategy in ("zero1", "zero2", "zero3") and not way.pure and way.width < 4:
             # DeepSpeed computes with narrow weights and gradients, and keeps wide weights beside the moments.
-            weights, masters = shape.parameters * way.width + reference, 4.0 * trainable
+            weights, masters = held * way.width, 4.0 * trainable
     else:
         wide = 4
         frozen = PACKED.get(way.bits, way.width)

@@ -122,6 +122,8 @@ def test_a_spec_becomes_a_way() -> None:
     ("method", "tuner", "knobs", "held"),
     [
         ("dpo", "full", {}, True),
+        ("dpo", "full", {"distributed": {"strategy": "zero2", "nodes": 2}}, True),
+        ("dpo", "full", {"distributed": {"strategy": "fsdp2", "nodes": 2}}, True),
         ("dpo", "lora", {}, False),
         ("dpo", "full", {"dpo": {"precomputeRefLogProbs": True}}, False),
         ("dpo", "full", {"dpo": {"refModel": {"fineTuneJob": {"name": "other"}}}}, False),
@@ -133,7 +135,7 @@ def test_a_reference_is_counted_where_one_is_held(method: str, tuner: str, knobs
     spec = FineTuneJobSpec.model_validate(
         {
             "method": method,
-            "model": {"from": {"fineTuneJob": {"name": "base"}}},
+            "model": {"from": {"fineTuneJob": {"name": "base"}}, "dtype": "bfloat16"},
             "dataset": {"train": [{"from": {"inline": "{}"}}]},
             "tuner": {"type": tuner},
             **knobs,
