@@ -42,7 +42,7 @@ ResolvedStrategy = Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp2", "d
 
 def resolve(spec: FineTuneJobSpec, image: str | None = None, output_uri: str | None = None) -> ResolvedFineTune:
     """Fill in what the spec leaves open. Pure; the same spec gives the same answer."""
-    tuner = spec.tuner.type or ("full" if spec.model.scratch else "lora")
+    tuner = spec.tuner.type or ("full" if spec.model.scratch or _asks_the_base(spec) else "lora")
     processes = processes_per_node(spec)
     world = spec.distributed.nodes * processes
     one_pass = world * spec.training.per_device_batch_size
@@ -66,6 +66,11 @@ def resolve(spec: FineTuneJobSpec, image: str | None = None, output_uri: str | N
     )
 
 
+def _asks_the_base(spec: FineTuneJobSpec) -> bool:
+    """Whether nothing is learnt, and no adapter is there to be asked."""
+    return not spec.learns and spec.tuner.continue_from is None and not spec.tuner.adapters
+
+
 def default_truncation(method: str) -> Literal["delete", "right", "split"]:
     """Documents are split, texts to embed cut at their end as whoever embeds will cut them, all else is left whole."""
     return "split" if method == "pretrain" else "right" if method == "embedding" else "delete"
@@ -87,7 +92,7 @@ def strategy(spec: FineTuneJobSpec, tuner: str, world: int) -> ResolvedStrategy:
         return asked if asked in ("zero1", "zero2", "zero3") and _offloads(spec) else "none"
     if asked != "auto":
         return asked
-    if spec.training.optimizer != "adamw" or spec.method not in combinations.SPREAD:
+    if not spec.learns or spec.training.optimizer != "adamw" or spec.method not in combinations.SPREAD:
         return "ddp"
     if tuner != "full" or (spec.model.scratch is not None and scratch_weights(spec.model.scratch) <= SMALL_SCRATCH):
         return "ddp"

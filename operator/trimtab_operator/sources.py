@@ -226,10 +226,14 @@ _DOES: Mapping[TaskType | None, str] = {
 
 
 def _article(kind: ArtifactKind) -> str:
+    if kind == "predictions":
+        return kind
     return f"{'an' if kind[0] in 'ae' else 'a'} {kind}"
 
 
 def _remedy(kind: ArtifactKind, wanted: tuple[ArtifactKind, ...]) -> str:
+    if kind == "predictions":
+        return "That job learns nothing and answers: name the one whose model it asks."
     if kind == "adapter":
         return "Name a job of full tuning, or fold the adapter into its base with a MergeJob and name that."
     if wanted == ("adapter",):

@@ -39,6 +39,8 @@ PPO = {"rewardModel": {"from": HUB}}
 GKD = {"teacher": {"from": HUB}}
 GONE = object()
 """In a row: the field is removed."""
+ASKED = {"training.maxSteps": 0, "evaluation": {}, "dataset": {"validation": [{"from": {"inline": "{}"}}]}}
+"""A job that learns nothing, and answers."""
 
 
 def build(kind: str, changes: dict[str, Any], name: str = "job") -> dict[str, Any]:
@@ -54,7 +56,7 @@ def build(kind: str, changes: dict[str, Any], name: str = "job") -> dict[str, An
         elif isinstance(node, list):
             node[int(last) : int(last) + 1] = [value]
         else:
-            node[last] = value
+            node[last] = copy.deepcopy(value)
     return {"apiVersion": "trimtab.dev/v1alpha1", "kind": kind, "metadata": {"name": name}, "spec": spec}
 
 
@@ -133,6 +135,22 @@ REFUSED = (
         for method, more in (("rewardModel", {}), ("reranker", {}), ("embedding", {"training.perDeviceBatchSize": 2}), ("sequenceClassification", {"classification": {"numLabels": 2}}))
     ),
     Row("a metric twice", F, {"evaluation": {"metrics": ["bleu", "rouge", "bleu"]}, "dataset.validationSplit": 0.1}, "spec.evaluation.metrics", "names a metric twice"),
+    *(
+        Row(f"nothing learnt with {name}", F, {**ASKED, **changes}, f"spec.{field}", part)
+        for name, changes, field, part in (
+            ("a start", {"evaluation": {"atStart": True}}, "evaluation.atStart", "the model that begins is the one that ends"),
+            ("another method", {"method": "dpo"}, "method", "must be sft with training.maxSteps: 0"),
+            ("random weights", {"model": {"scratch": SCRATCH}}, "model.scratch", "random weights have no answers"),
+            ("new tokens", {"model.newTokens": ["<|a|>"]}, "model.newTokens", "nobody teaches the model new tokens"),
+            ("four bits alone", {"model.quantization": {"method": "bnb4"}}, "model.quantization", "name an adapter in tuner.continueFrom"),
+            ("split weights", {"distributed.strategy": "fsdp2"}, "distributed.strategy", "the others split weights for their optimiser"),
+            ("a stream", {"dataset.streaming": {}}, "dataset.streaming", "no row is read to learn from"),
+            ("a loss", {"training.evaluateAtStart": True}, "training", "no loss is measured"),
+        )
+    ),
+    Row("nothing learnt and nothing asked", F, {"training.maxSteps": 0}, "spec.evaluation", "give evaluation: {} with training.maxSteps: 0"),
+    Row("nothing to learn from", F, {"dataset": {"validation": [{"from": {"inline": "{}"}}]}, "evaluation": {}}, "spec.dataset.train", "give rows to learn from"),
+    Row("a split of nothing", F, {**ASKED, "dataset": {"validationSplit": 0.1}}, "spec.dataset.validationSplit", "give the rows to split in dataset.train"),
     Row("part of the likeliest token", F, {"evaluation": {"generate": {"topP": 0.9}}, "dataset.validationSplit": 0.1}, "spec.evaluation.generate.topP", "at temperature 0 the likeliest token is taken"),
     Row("noise for preferences", F, {"method": "dpo", "training.neftuneAlpha": 5}, "spec.training.neftuneAlpha", "noise on the embeddings is for pretrain and sft"),
     Row("lengths without an order", F, {"training.groupByLength": True, "dataset.shuffle": False}, "spec.training.groupByLength", "elsewhere the order of rows has a meaning"),
@@ -294,6 +312,8 @@ ACCEPTED = (
     (F, {"tuner.lora": {"targetParameters": ["experts.up"], "dropout": 0}}), (F, {"tuner.lora": {"initWeights": "olora", "rank": 256}}),
     (F, {"tuner": {"type": "full", "freeze": {"ratio": 1}}, "model.newTokens": ["<|a|>"]}), (F, {"tuner": {"continueFrom": HUB}}),
     (F, {"training": {"earlyStopping": {}, "evaluateAtStart": True, "neftuneAlpha": 5, "groupByLength": True}, "dataset.validationSplit": 0.1}),
+    (F, ASKED), (F, {**ASKED, "tuner.continueFrom": HUB, "model.quantization": {"method": "bnb4"}}), (F, {**ASKED, "distributed.strategy": "deviceMap"}),
+    (F, {"training.maxSteps": 0, "evaluation": {}, "dataset.validationSplit": 0.1}),
     (F, {"evaluation": {}, "dataset.validationSplit": 0.1}), (F, {"evaluation": {"metrics": []}, "dataset.validation": [{"from": {"inline": "{}"}}]}),
     (F, {"evaluation": {"generate": {"temperature": 0.5, "topP": 0.9}, "metrics": ["exactMatch", "rouge", "cosine"], "atStart": True}, "dataset.validationSplit": 0.1, "method": "dpo"}),
     (F, {"method": "grpo", "grpo": GRPO}), (F, {"method": "grpo", "grpo": {"rewards": [{"python": {"configMapKeyRef": {"name": "rewards", "key": "a-1.py"}, "function": "close"}}]}}), (F, {"method": "ppo", "ppo": PPO, "dataset.truncation": "left"}), (F, {"method": "gkd", "gkd": GKD}),
@@ -505,6 +525,7 @@ EDITS: dict[str, dict[str, Any]] = {
         "tuner": {"lora": {"rank": 16}},
         "training": {"learningRate": 1e-3},
         "evaluation": {"rows": 5},
+        "reports": {"mlflow": {"server": "https://mlflow.example.com", "experiment": "support"}},
         "checkpoint": {"keep": 5},
         "distributed": {"nodes": 2},
         "output": {"uri": PLACE},

@@ -74,7 +74,7 @@ def weight_dtype(config: RunConfig) -> Any:
     A strategy that keeps float32 weights beside the ones to compute with takes the precision of the arithmetic.
     """
     kept_elsewhere = config.spec.training.pure_bf16 or strategies.of(config).master_weights
-    if config.resolved.tuner_type == "full" and not kept_elsewhere:
+    if config.resolved.tuner_type == "full" and config.spec.learns and not kept_elsewhere:
         return torch.float32
     return getattr(torch, precision(config))
 

@@ -54,7 +54,7 @@ from trimtab_trainer.inputs import (
     uses_hub,
 )
 from trimtab_trainer.measuring import Measured, measure
-from trimtab_trainer.methods import METHODS
+from trimtab_trainer.methods import needs_of
 from trimtab_trainer.model import quantisation
 from trimtab_trainer.model.adapter import see_base
 from trimtab_trainer.model.chat import CHATML_TOKENS
@@ -91,7 +91,7 @@ def look(config: RunConfig, work: Path) -> Ending:
     Raises what `check` and the run's own preparation raise.
     """
     ending = check(config, work)
-    if config.model is None or config.spec.dataset.streaming is not None:
+    if config.model is None or config.spec.dataset.streaming is not None or not config.spec.learns:
         return ending
     if (work / "rows" / collecting.ALL).stat().st_size >= TOKENISED_FROM:
         from trimtab_trainer.distributed import Group, Place
@@ -118,7 +118,7 @@ def check(config: RunConfig, work: Path) -> Ending:
     parts = [] if streamed else config.train
     train = [_data(source, work / f"train-{i}", pins) for i, source in enumerate(parts)]
     held = [_data(source, work / f"held-{i}", pins) for i, source in enumerate(config.validation)]
-    needs = METHODS[config.spec.method].needs(config)
+    needs = needs_of(config)
     if streamed:
         (work / "rows").mkdir(parents=True)
         collected = streaming.beginning(feeds, held, config.spec.dataset, needs, work / "rows")
@@ -138,18 +138,19 @@ def check(config: RunConfig, work: Path) -> Ending:
     needed = _memory(config, local[0].path if config.model is not None else None)
     _images(collected, config.spec.dataset, folder, work / "media")
     questions.see(collected, config)
+    rows = collected.rows if config.spec.learns else collected.validation_rows
     found = [
         PinnedInput(field=source.field, uri=each.reference, digest=each.digest)
         for source, each in zip(models, local, strict=True)
     ]
     return Ending(
         reason=Reason.INPUTS_SOUND,
-        message=f"{collected.rows} rows are sound"
+        message=f"{rows} rows are sound"
         + ("" if measured is None else measured.told(collected.rows, config.resolved.truncation))
         + ("" if whole else "; the rest is checked when the training starts")
         + collected.remark,
         pins=[*found, *code, *map(_pin, train), *map(_pin, feeds), *map(_pin, held)],
-        rows=collected.rows if whole else None,
+        rows=rows if whole else None,
         dataset_digest=collected.digest if whole else None,
         memory=needed,
     )
@@ -176,12 +177,12 @@ def _adapters(config: RunConfig, models: list[ModelInput], local: list[LocalMode
 
 
 def _memory(config: RunConfig, base: Path | None) -> Memory | None:
-    """What the run takes on one device; None for an architecture whose sizes are not known.
+    """What the training takes on one device; None without any, or for an architecture whose sizes are not known.
 
     Raises Fault(MemoryTooSmall) when it is known how much there is, and the run cannot fit it.
     """
     shape = _shape(config, base)
-    if shape is None:
+    if shape is None or not config.spec.learns:
         return None
     way = memory.way_of(config.spec, config.resolved, shape)
     available = _available(config, way.accelerated)
@@ -256,7 +257,7 @@ def _weights(source: ModelInput, config: RunConfig) -> None:
     limit = config.spec.pod.resources.limits.get("ephemeral-storage")
     room = None if limit is None else quantity(limit)
     # The weights themselves, and with full tuning a checkpoint of them in float32 with two moments.
-    needed = identity.size * (7 if config.resolved.tuner_type == "full" else 1.2)
+    needed = identity.size * (7 if config.resolved.tuner_type == "full" and config.spec.learns else 1.2)
     if room is not None and needed > room:
         raise Fault(
             Reason.DISK_FULL,

@@ -30,9 +30,10 @@ from trimtab_trainer.distributed import Group, once, once_per_pod
 from trimtab_trainer.endings import Fault, fault_of
 from trimtab_trainer.evaluation import questions
 from trimtab_trainer.evaluation.evaluator import AtStart, Evaluator, Surroundings
+from trimtab_trainer.evaluation.untrained import untrained
 from trimtab_trainer.inputs import MODEL_FILES, SMALL_MODEL_FILES, LocalModel, Pins, fetch_data, fetch_model
 from trimtab_trainer.merge.lineage import fetch_with_base
-from trimtab_trainer.methods import METHODS, Method
+from trimtab_trainer.methods import METHODS, Method, needs_of
 from trimtab_trainer.methods.parts import Parts
 from trimtab_trainer.model import adapter, embeddings, loading, quantisation, scalar, scratch, tokenizer, tuning, vision
 from trimtab_trainer.model.heads import Head, LanguageHead, ScalarHead, head_of
@@ -112,6 +113,8 @@ class Run:
         # What an earlier process left here may be half of anything.
         once_per_pod(self.group, lambda: shutil.rmtree(work, ignore_errors=True))
         prepared = self._prepare(work)
+        if not self.config.spec.learns:
+            return self._answer(prepared, work)
         resume = checkpoint.find(self.output, self.group, work / "resume", prepared.sequences_digest, self.strategy)
         self.from_step = self.step = resume.step if resume else 0
         if self.group.any(self.notice.given):
@@ -199,9 +202,6 @@ class Run:
         if len(set(group.all_of(key))) > 1:
             raise Fault(Reason.INPUT_CHANGED, "the pods read different rows", "Start the job again.")
         rows, digest = self._tokenised(key, tokenise, work / "sequences")
-        asked = None if config.spec.evaluation is None else work / "questions.jsonl"
-        if asked is not None:
-            once_per_pod(group, lambda: questions.write(collected, config, loaded, render, stops, asked))
         return Prepared(
             collected=collected,
             base=base,
@@ -216,11 +216,24 @@ class Run:
             new_tokens=new_tokens,
             processor=processor,
             media=media,
-            questions=asked,
+            questions=self._questions(collected, loaded, render, stops, work / "questions.jsonl"),
         )
 
+    def _questions(
+        self, collected: Collected, loaded: Any, render: Render | None, stops: list[int], into: Path
+    ) -> Path | None:
+        if self.config.spec.evaluation is None:
+            return None
+        once_per_pod(self.group, lambda: questions.write(collected, self.config, loaded, render, stops, into))
+        return into
+
     def _tokenised(self, key: str, tokenise: kept.Make, into: Path) -> tuple[Path, str]:
-        """The folder of tokenised rows, and what identifies them. Of a stream there is only the beginning: not kept."""
+        """The folder of tokenised rows, and what identifies them. Of a stream there is only the beginning: not kept.
+
+        Where nothing is learnt, there are none.
+        """
+        if not self.config.spec.learns:
+            return into, key
         if self.config.spec.dataset.streaming is None:
             place = kept.place(self.output.layout, self.config, key)
             return kept.obtain(self.group, self.output, place, tokenise, into, {"job": self.config.job.dump()})
@@ -261,7 +274,7 @@ class Run:
             into.mkdir(parents=True, exist_ok=True)
             return streaming.beginning(feeds, held, config.spec.dataset, self.method.needs(config), into)
         train = [fetch_data(source, into / f"train-{i}", pins) for i, source in enumerate(config.train)]
-        return collecting.collect(train, held, config.spec.dataset, self.method.needs(config), into)
+        return collecting.collect(train, held, config.spec.dataset, needs_of(config), into)
 
     def _stream(self, loaded: Any, render: Render | None, pins: Pins) -> streaming.Stream | None:
         dataset, place = self.config.spec.dataset, self.group.place
@@ -408,6 +421,31 @@ class Run:
             keeper.complete = once(self.group, self.output.checkpoints)
         return trainer, stop, evaluator
 
+    def _answer(self, prepared: Prepared, work: Path) -> Ending:
+        """Let the model answer as it is. The answers are the artifact."""
+        tuned = self._tuned(prepared, work)
+        made_by = self._provenance(prepared).made_by()
+        keeper = checkpoint.Keeper(self.output, self.group, self.config.spec.checkpoint.keep, made_by, self.strategy)
+        watch = Watch(self.reporter, self.group, keeper, self.config.attempt, 0)
+        trainer = untrained(self.config, tuned.model, work / "checkpoints", [watch])
+        evaluator = self._evaluator(trainer, prepared, watch, work)
+        assert evaluator is not None, "the rules ask for an evaluation where nothing is learnt"
+        answered = evaluator(0, tuned.model)
+        once(self.group, lambda: self._report(trainer, prepared, work))
+        collected = prepared.collected
+        return Ending(
+            reason=Reason.SUCCEEDED,
+            message=f"answered {answered.rows} rows{collected.remark}",
+            from_step=0,
+            step=0,
+            artifact=Artifact(
+                uri=answered.uri, digest=answered.digest, kind="predictions", dataset_digest=prepared.dataset_digest
+            ),
+            predictions=answered,
+            rows=answered.rows,
+            dataset_digest=prepared.dataset_digest,
+        )
+
     def _evaluator(self, trainer: Any, prepared: Prepared, watch: Watch, work: Path) -> Evaluator | None:
         if prepared.questions is None:
             return None
@@ -453,7 +491,7 @@ class Run:
         if self.speeds:
             facts["speed"] = f"{sorted(self.speeds)[len(self.speeds) // 2]:.0f} tokens per second (median)"
         shape = memory.shape_of(model.config.to_dict())
-        if shape is not None:
+        if shape is not None and spec.learns:
             estimate = memory.estimate(shape, memory.way_of(spec, resolved, shape))
             facts["weights"] = f"{estimate.parameters:,}, {estimate.trainable_parameters:,} of them move"
             facts["estimated memory"] = memory.text(estimate.total_bytes)

@@ -233,7 +233,7 @@ STREAMING = (
         field_path=".dataset.packing",
     ),
     Rule(
-        f"{_STREAMED} || !self.dataset.train.exists(part, has(part.sample))",
+        f"{_STREAMED} || !has(self.dataset.train) || !self.dataset.train.exists(part, has(part.sample))",
         "leave out sample with dataset.streaming: rows are drawn from a stream by interleave.weights alone",
         field_path=".dataset.train",
     ),
@@ -491,6 +491,68 @@ PRECISION = (
 )
 """What weights are kept in."""
 
+_LEARNS = "(!has(self.training.maxSteps) || self.training.maxSteps > 0)"
+
+INFERENCE = (
+    Rule(
+        f"!{_LEARNS} || (has(self.dataset.train) && self.dataset.train.size() > 0)",
+        "give rows to learn from; only a job with training.maxSteps: 0 does without, and answers dataset.validation",
+        field_path=".dataset.train",
+    ),
+    Rule(
+        f"{_LEARNS} || has(self.evaluation)",
+        "give evaluation: {} with training.maxSteps: 0: a job that learns nothing is there to answer",
+        field_path=".evaluation",
+    ),
+    Rule(
+        f"{_LEARNS} || !has(self.evaluation) || !self.evaluation.atStart",
+        "must be false with training.maxSteps: 0: the model that begins is the one that ends",
+        field_path=".evaluation.atStart",
+    ),
+    Rule(
+        f"{_LEARNS} || self.method == 'sft'",
+        "must be sft with training.maxSteps: 0: nothing is learnt, so no other method's rows, rewards or judges are read",
+        field_path=".method",
+    ),
+    Rule(
+        f"{_LEARNS} || !has(self.model.scratch)",
+        "give model.from with training.maxSteps: 0: random weights have no answers",
+        field_path=".model.scratch",
+    ),
+    Rule(
+        f"{_LEARNS} || !has(self.model.newTokens) || size(self.model.newTokens) == 0",
+        "leave it out with training.maxSteps: 0: nobody teaches the model new tokens",
+        field_path=".model.newTokens",
+    ),
+    Rule(
+        f"{_LEARNS} || !has(self.model.quantization) || has(self.tuner.continueFrom)",
+        "leave it out with training.maxSteps: 0, or name an adapter in tuner.continueFrom: the trainer's libraries take "
+        "quantised weights with an adapter alone",
+        field_path=".model.quantization",
+    ),
+    Rule(
+        f"{_LEARNS} || self.distributed.strategy in ['auto', 'ddp', 'deviceMap']",
+        "must be auto, ddp or deviceMap with training.maxSteps: 0: the others split weights for their optimiser",
+        field_path=".distributed.strategy",
+    ),
+    Rule(
+        f"{_LEARNS} || {_STREAMED}",
+        "remove it with training.maxSteps: 0, and name the rows in dataset.validation: no row is read to learn from",
+        field_path=".dataset.streaming",
+    ),
+    Rule(
+        f"{_LEARNS} || (!has(self.training.earlyStopping) && !self.training.evaluateAtStart)",
+        "leave earlyStopping and evaluateAtStart out with maxSteps: 0: no loss is measured",
+        field_path=".training",
+    ),
+    Rule(
+        "!has(self.dataset.validationSplit) || (has(self.dataset.train) && self.dataset.train.size() > 0)",
+        "give the rows to split in dataset.train, or name whole sources in dataset.validation",
+        field_path=".dataset.validationSplit",
+    ),
+)
+"""A job that learns nothing, and answers."""
+
 EVALUATION = (
     Rule(
         f"!has(self.evaluation) || {_VALIDATED}",
@@ -525,5 +587,6 @@ COMBINATIONS = (
     *PARALLEL,
     *PRECISION,
     *EVALUATION,
+    *INFERENCE,
 )
 """All rows, in the order in which they are told."""

@@ -74,15 +74,15 @@ class Dataset(Model):
             ),
             Rule(
                 "!has(self.interleave) || !has(self.interleave.weights) || self.interleave.weights.size() == 0 || "
-                "self.interleave.weights.size() == self.train.size()",
+                "(has(self.train) && self.interleave.weights.size() == self.train.size())",
                 "give one weight for each part of train, or none at all",
                 field_path=".interleave.weights",
             ),
         )
     )
 
-    train: Annotated[list[DataPart], Field(min_length=1, max_length=32, json_schema_extra=LIST_ATOMIC)]
-    """Rows to learn from, all parts together."""
+    train: DataParts = Field(default_factory=list)
+    """Rows to learn from, all parts together. Needed unless training.maxSteps is 0."""
     validation: DataParts = Field(default_factory=list)
     """Rows to evaluate on."""
     validation_split: Annotated[float | None, Field(gt=0, le=0.5)] = None

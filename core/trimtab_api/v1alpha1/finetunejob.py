@@ -123,6 +123,11 @@ class FineTuneJobSpec(Model):
     ttl_seconds_after_finished: Annotated[int | None, Field(ge=0, le=31_536_000)] = None
     """The resource is deleted this long after its end, in seconds. What it made in storage stays."""
 
+    @property
+    def learns(self) -> bool:
+        """Whether anything is trained; a job that learns nothing answers."""
+        return self.training.max_steps != 0
+
 
 class FineTuneJob(Model):
     """Tunes a model on rows and publishes an adapter or a model in object storage."""

@@ -44,8 +44,8 @@ class BaseReference(Model):
     """Identity of the base, when it has a manifest."""
 
 
-ArtifactKind = Literal["adapter", "model", "classifier", "embedder"]
-"""What a job makes: model is a language model, classifier gives scores (reward models and rerankers are such), embedder vectors."""
+ArtifactKind = Literal["adapter", "model", "classifier", "embedder", "predictions"]
+"""What a job makes: model is a language model, classifier gives scores (reward models and rerankers are such), embedder vectors; predictions are answers, of a job that learns nothing."""
 
 TaskType = Literal["CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION"]
 """What a model does, in peft's words."""

@@ -63,8 +63,8 @@ class Training(Model):
 
     epochs: Annotated[float, Field(gt=0, le=10000)] = 1
     """Passes over the rows; maxSteps wins when it is given."""
-    max_steps: Annotated[int | None, Field(ge=1, le=100_000_000)] = None
-    """Optimiser steps in all."""
+    max_steps: Annotated[int | None, Field(ge=0, le=100_000_000)] = None
+    """Optimiser steps in all. 0 learns nothing: the model as it is answers the validation rows, and the answers are what the job makes."""
     per_device_batch_size: Annotated[int, Field(ge=1, le=4096)] = 1
     """Rows in one forward pass of one process."""
     gradient_accumulation_steps: Annotated[int | None, Field(ge=1, le=65536)] = None

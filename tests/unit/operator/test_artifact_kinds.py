@@ -43,6 +43,7 @@ def producer(kind: ArtifactKind, task: TaskType | None) -> FineTuneJob:
             "made a classifier where a model is needed. Name a job of another method.",
         ),
         ("embedder", "FEATURE_EXTRACTION", ("model",), "made an embedder where a model is needed"),
+        ("predictions", None, ("model",), "made predictions where a model is needed. That job learns nothing"),
         ("adapter", "CAUSAL_LM", ("model",), "fold the adapter into its base with a MergeJob"),
         ("model", "CAUSAL_LM", ("adapter",), "Name a FineTuneJob with tuner.type lora."),
         ("adapter", "SEQ_CLS", ("adapter",), "gives scores; what writes text is needed"),

@@ -135,11 +135,11 @@ def collect(
     spoiled = strictly if dataset.strict else skipped
     rows = _mixed(train, dataset, needs, into, spoiled)
     everything = Lines.write(into / ALL, rows, digest)
-    if not len(everything):
+    if train and not len(everything):
         names = ", ".join(f"{local.source.field} {local.display}" for local in train)
         broken_ones = f"no sound row, {skipped.rows} broken ones; {skipped.first}" if skipped.rows else "no row"
         raise Fault(Reason.DATA_EMPTY, f"{names}: {broken_ones}", "Add rows.")
-    held_out, validation_path = 0, None
+    held_out, validation_path, conversations = 0, None, everything.conversations
     if dataset.validation_split:
         held_out = max(1, round(len(everything) * dataset.validation_split))
         if held_out >= len(everything):
@@ -155,13 +155,14 @@ def collect(
         held = sampled(validation, dataset.seed, needs, into, spoiled)
         lines = Lines.write(into / "validation.jsonl", held, digest)
         held_out, validation_path = len(lines), lines.path
+        conversations = conversations or lines.conversations
     return Collected(
         train=train_path,
         validation=validation_path,
         rows=len(everything) - (held_out if dataset.validation_split else 0),
         validation_rows=held_out,
         digest="sha256:" + digest.hexdigest(),
-        conversations=everything.conversations,
+        conversations=conversations,
         skipped=skipped.rows,
         first_skipped=skipped.first,
         images=everything.images,

@@ -9,14 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from trimtab_api.conditions import Reason
 from trimtab_api.contract import RunConfig
 from trimtab_api.v1alpha1.evaluation import Evaluation
 from trimtab_trainer.data.collecting import Collected, rows_of, sample
 from trimtab_trainer.data.conversations import LEARNING
-from trimtab_trainer.data.masks import Render, render_row
+from trimtab_trainer.data.masks import Render, render_prompt, render_row
 from trimtab_trainer.data.prompts import ANSWER
 from trimtab_trainer.data.rows import IMAGES, Row
 from trimtab_trainer.endings import Fault
@@ -180,16 +178,9 @@ def _in_tokens(each: Asked, tokenizer: Any, render: Render, stops: set[int]) -> 
 def _texts(each: Asked, render: Render) -> tuple[str, str]:
     """The prompt as a server renders it, and what the template writes for the row's answer."""
     row = {"messages": each.messages, "tools": each.tools, "chat_template_kwargs": each.options}
-    try:
-        if each.answer is None:
-            return render(each.messages, tools=each.tools, add_generation_prompt=True, **each.options), ""
-        whole, spans = render_row({**row, "messages": [*each.messages, each.answer]}, render, "lastTurn")
-    except jinja2.TemplateError as error:
-        raise Fault(
-            Reason.DATA_INVALID,
-            f"the chat template refuses validation row {each.row}: {error}",
-            "Correct the row, or set template.chatTemplate.",
-        ) from error
+    if each.answer is None:
+        return render_prompt(row, render), ""
+    whole, spans = render_row({**row, "messages": [*each.messages, each.answer]}, render, "lastTurn")
     start, end = spans[-1]
     return whole[:start], whole[start:end]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from trimtab_api.contract import RunConfig
+from trimtab_trainer.data import prompts
 from trimtab_trainer.data.collecting import Needs
 from trimtab_trainer.data.masks import Render
 from trimtab_trainer.data.sequences import Encoder
@@ -60,3 +61,8 @@ METHODS: dict[str, Method] = {
     "reranker": reranker.METHOD,
 }
 """By the name that a spec uses."""
+
+
+def needs_of(config: RunConfig) -> Needs:
+    """What a job asks of rows: what its method asks, or, where nothing is learnt, that there is something to answer."""
+    return METHODS[config.spec.method].needs(config) if config.spec.learns else prompts.needed()

@@ -117,6 +117,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     small = {"lora": {"rank": 4, "dropout": 0, "initWeights": "pissa"}}
     together = [
         Cell(job(root, "ddp", "learnt", **spread("ddp"))),
+        Cell(job(root, "asked", "learnt", **spread("ddp"), training={"maxSteps": 0})),
         Cell(job(root, "zero3", "learnt", **spread("zero3"))),
         Cell(job(root, "fsdp2", "learnt", **spread("fsdp2"))),
         Cell(job(root, "pissa", "learnt", **spread("ddp"), tuner=small, plan=moves)),
@@ -168,6 +169,13 @@ def test_two_processes_answer_as_one(runs: Runs, name: str) -> None:
     alone = runs.predictions("alone", 1)
     assert [each["completion"] for each in alone] == runs.completions("learnt", STEPS)
     assert runs.predictions(name, 1) == alone
+
+
+def test_two_processes_answer_as_one_without_a_training(runs: Runs) -> None:
+    assert runs.predictions("asked", 0) == runs.predictions("alone", 1)
+    artifact = runs.ending("asked").artifact
+    assert artifact is not None
+    assert artifact.kind == "predictions"
 
 
 def test_some_rows_drawn_and_not_scored(runs: Runs) -> None:
