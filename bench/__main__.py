@@ -7,7 +7,7 @@ import sys
 
 BENCHES = (
     *("store", "operator", "trainer", "merge", "server"),
-    *("methods", "packing", "preprocessing"),
+    *("start", "methods", "packing", "preprocessing"),
 )
 
 

@@ -157,9 +157,9 @@ def trained(name: str, row: Row, folder: Path, steps: Steps) -> int:
         def _trainer(self, model: Any, *parts: Any) -> Any:
             nonlocal weights
             weights = model.num_parameters()
-            trainer, stop = super()._trainer(model, *parts)
-            trainer.add_callback(Told())
-            return trainer, stop
+            made = super()._trainer(model, *parts)
+            made[0].add_callback(Told())
+            return made
 
     document = {key: dict(value) for key, value in row.document.items()}
     training = {

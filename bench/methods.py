@@ -91,7 +91,7 @@ def sft(bare: Bare) -> Any:
     return SFTTrainer(
         model=bare.language(),
         args=SFTConfig(**bare.args, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}),
-        train_dataset=Dataset.from_file(str(bare.made / "run/train.arrow")),
+        train_dataset=Dataset.from_file(str(bare.made / "run/sequences/train.arrow")),
         processing_class=bare.tokenizer,
     )
 

@@ -101,10 +101,10 @@ class TimedRun(Run):
     """A run that tells how long its loop took."""
 
     def _trainer(self, *parts: Any) -> Any:
-        trainer, stop = super()._trainer(*parts)
+        made = super()._trainer(*parts)
         self.clock = Clock()
-        trainer.add_callback(self.clock)
-        return trainer, stop
+        made[0].add_callback(self.clock)
+        return made
 
 
 def timed(wanted: RunConfig, work: Path) -> Clock:
