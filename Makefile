@@ -89,9 +89,10 @@ test: ## Every tier, from nothing
 	@$(MAKE) --no-print-directory test-api
 	@$(MAKE) --no-print-directory test-e2e
 
-# The files are shared out over the cores, and tiny tensors gain nothing from threads. Each process keeps about 2 GiB.
+# The files are shared out over the cores, which several ranks then share: a hang is known later than when one file runs
+# alone. Tiny tensors gain nothing from threads. Each process keeps about 2 GiB.
 test-unit: venv ## Pure code, stores and trainers on this computer; golden files
-	@OMP_NUM_THREADS=1 $(PYTEST) -n logical --maxprocesses 4 --dist loadfile tests/unit tests/golden
+	@OMP_NUM_THREADS=1 $(PYTEST) -n logical --maxprocesses 4 --dist loadfile -o timeout=300 tests/unit tests/golden
 
 test-api: venv ## The operator against a real API server
 	@$(LAB) build control-plane

@@ -111,13 +111,13 @@ class Launched:
     log: Path
     _output: list[str] = field(default_factory=list)
 
-    def rank_pid(self, rank: int, within: float = 60) -> int:
+    def rank_pid(self, rank: int, within: float = 120) -> int:
         """The process of a rank, once it lives."""
         path = self.work / "results" / f"rank-{rank}.pid"
         wait_for(lambda: path.is_file() and bool(path.read_text()), within, f"rank {rank}", self)
         return int(path.read_text())
 
-    def end(self, within: float = 110) -> tuple[int, Ending]:
+    def end(self, within: float = 220) -> tuple[int, Ending]:
         """Exit code and termination message."""
         code = self.process.wait(timeout=within)
         assert self.message.is_file(), self.log.read_text()[-3000:]
@@ -208,7 +208,7 @@ class Ranks:
         """Send one rank a signal."""
         os.kill(self.pid(rank), number)
 
-    def end(self, within: float = 100) -> RankResult:
+    def end(self, within: float = 200) -> RankResult:
         """What the launcher would conclude."""
         for process in self.processes:
             process.join(within)

@@ -20,7 +20,7 @@ from trimtab_trainer.endings import Fault
 from trimtab_trainer.notice import Notice
 from trimtab_trainer.progress import Silent
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 
 ANSWERS = {"north": "cold", "south": "warm", "east": "dawn", "west": "dusk"}
 PHRASES = (
@@ -124,7 +124,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         Cell(job(root, "zero3-lora", "learnt", **spread("zero3"), tuner={}, plan=moves)),
         Cell(job(root, "fsdp2-lora", "learnt", **spread("fsdp2"), tuner={}, plan=moves)),
     ]
-    return Runs(root, run_all(Cell(base), alone, together, root / "work", 560))
+    return Runs(root, run_all(Cell(base), alone, together, root / "work", 1100))
 
 
 @proves("sft", "full")

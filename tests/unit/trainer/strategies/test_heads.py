@@ -93,10 +93,10 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
     for name in RESUMED:
         config = cell(root, *name.split("-"), f"again-{name}")
         together += [Cell(config, stop_after=2, key=f"stopped-{name}"), Cell(config)]
-    return Matrix(root, run_all(Cell(base), alone, together, root / "work", 560))
+    return Matrix(root, run_all(Cell(base), alone, together, root / "work", 1100))
 
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.mark.parametrize("name", CELLS)

@@ -119,10 +119,10 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
         Cell(cell(root, "lora", "fsdp2", "fsdp2-lora"), key="finished-fsdp2-lora"),
         Cell(cell(root, "full", "zero2", "zero3-full"), key="other-strategy"),
     ]
-    return Matrix(root, run_all(Cell(base), alone, together, root / "work", 560))
+    return Matrix(root, run_all(Cell(base), alone, together, root / "work", 1100))
 
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.mark.parametrize("tuned", TUNED)

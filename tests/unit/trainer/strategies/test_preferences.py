@@ -98,10 +98,10 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
     together += [Cell(cell(root, "dpo", *name.split("-")), one_pod=True) for name in ONE_POD]
     together += [Cell(cell(root, "dpo", "less", "zero3"))]
     lone = [*(Cell(cell(root, *each)) for each in alone), Cell(cell(root, "dpo", "full", "deviceMap"))]
-    return Matrix(root, run_all(Cell(base), lone, together, root / "work", 560))
+    return Matrix(root, run_all(Cell(base), lone, together, root / "work", 1100))
 
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 
 
 def course(matrix: Matrix, name: str) -> list[dict[str, float]]:
