@@ -31,6 +31,7 @@ from trimtab_api.v1alpha1.progress import Memory
 from trimtab_api.v1alpha1.status import PinnedInput
 from trimtab_trainer import strategies, workplace
 from trimtab_trainer.data import collecting, streaming
+from trimtab_trainer.data.boxes import Boxes
 from trimtab_trainer.data.collecting import Collected, rows_of
 from trimtab_trainer.data.feeds import Feed, open_feed
 from trimtab_trainer.data.masks import render_row
@@ -60,7 +61,7 @@ from trimtab_trainer.model.adapter import see_base
 from trimtab_trainer.model.chat import CHATML_TOKENS
 from trimtab_trainer.model.loading import architecture, see_same_vocabulary
 from trimtab_trainer.model.scalar import see_one_output
-from trimtab_trainer.model.vision import sees
+from trimtab_trainer.model.vision import model_type, sees
 from trimtab_trainer.output import open_output
 from trimtab_trainer.template import CHATML, ChatTemplate, asked_for, special_tokens_in, template_in
 
@@ -358,7 +359,12 @@ def _images(collected: Collected, dataset: Dataset, folder: Path | None, into: P
         raise Fault(Reason.MODEL_INVALID, "the rows show images and the model has no vision", hint)
     see_unpacked(dataset)
     names = (name for row in rows_of(collected.train) for name in row.get(IMAGES, []))
-    gather(itertools.islice(names, OPENED_IMAGES), collected.roots, into)
+    media = gather(itertools.islice(names, OPENED_IMAGES), collected.roots, into)
+    # What a model sees of an image is its processor's to say; whether a box lies on it is seen without.
+    boxes = Boxes(model_type(folder), media.size, lambda size: size)
+    for row in itertools.islice(rows_of(collected.train), OPENED_IMAGES):
+        if all(name in media.index for name in row.get(IMAGES, [])):
+            boxes(row)
 
 
 _UNITS = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "m": 1e-3}

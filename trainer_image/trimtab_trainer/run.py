@@ -18,6 +18,7 @@ from trimtab_api.v1alpha1.status import Artifact, Predictions
 from trimtab_trainer import checkpoint, publish, report, stopping, strategies
 from trimtab_trainer.arguments import precision, weight_dtype
 from trimtab_trainer.data import collecting, kept, packing, sequences, streaming
+from trimtab_trainer.data.boxes import Boxes
 from trimtab_trainer.data.collecting import Collected, rows_of
 from trimtab_trainer.data.feeds import open_feed
 from trimtab_trainer.data.masks import Render
@@ -178,7 +179,8 @@ class Run:
                 return self.method.encoder(config, loaded, render)
             sizes = Sizes(media, partial(vision.lengths, processor))
             plain = self.method.encoder(config, loaded, spacious(render, processor.image_token, sizes))
-            return Seen(plain, vision.placeholder(processor), sizes)
+            boxes = Boxes(vision.model_type(folder), media.size, partial(vision.resized, processor))
+            return Seen(plain, vision.placeholder(processor), sizes, boxes)
 
         def tokenise(into: Path) -> str:
             skipped = Skipped()

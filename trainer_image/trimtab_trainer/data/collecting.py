@@ -47,6 +47,8 @@ class Needs:
     """Rewrites a method's own way of giving a conversation, before the format is read. None: nothing."""
     images: bool = False
     """Whether it learns from images."""
+    boxes: bool = False
+    """Whether it learns from boxes on them."""
     complete: Complete | None = None
     """What else a row must have: adds the method's own columns to a standard row. None: nothing."""
 
@@ -104,7 +106,7 @@ class PartReader:
                 "Use method pretrain, set dataset.loss: all, or give conversations.",
             )
         row = standard(renamed, self._form, needs.answer, where, number, needs.text_allowed)
-        row = media.seen(renamed, row, self._root, needs.images, where, number)
+        row = media.seen(renamed, row, self._root, needs.images, needs.boxes, where, number)
         return row if needs.complete is None else needs.complete(renamed, row, where, number)
 
 

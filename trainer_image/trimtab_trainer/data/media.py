@@ -19,6 +19,7 @@ import trimtab_store as store
 from trimtab_api.conditions import Reason
 from trimtab_api.contract import ModelInput, S3Place
 from trimtab_api.v1alpha1.dataset import Dataset
+from trimtab_trainer.data.boxes import boxed, see_none
 from trimtab_trainer.data.reading import broken
 from trimtab_trainer.data.rows import IMAGE_TAG, IMAGES, Row
 from trimtab_trainer.endings import Fault
@@ -118,13 +119,17 @@ def _name(part: dict[str, Any]) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def seen(raw: Mapping[str, Any], row: Row, root: Root | None, looks: bool, where: str, number: int) -> Row:
-    """The standard row as a method takes it that looks at images, or does not.
+def seen(raw: Mapping[str, Any], row: Row, root: Root | None, looks: bool, boxes: bool, where: str, number: int) -> Row:
+    """The standard row as a method takes it that looks at images and at boxes on them, or does not.
 
-    Raises Fault(DataInvalid) for what it brings and nobody looks at, and what `attached` raises.
+    Raises Fault(DataInvalid) for what it brings and nobody looks at, and what `attached` and `boxed` raise.
     """
     _see_none(raw, _UNSEEN if looks else (*_COLUMNS, *_UNSEEN), where, number)
-    return attached(raw, row, root, where, number) if looks else row
+    row = attached(raw, row, root, where, number) if looks else row
+    if boxes:
+        return boxed(raw, row, where, number)
+    see_none(raw, row, where, number)
+    return row
 
 
 def attached(raw: Mapping[str, Any], row: Row, root: Root | None, where: str, number: int) -> Row:
@@ -178,6 +183,10 @@ class Media:
     """Height and width in pixels."""
     digest: str
     """Over the contents, whatever their names."""
+
+    def size(self, name: str) -> tuple[int, int]:
+        """Height and width in pixels of an image, by its whole name."""
+        return self.sizes[self.index[name]]
 
 
 def gather(names: Iterable[str], roots: Iterable[Root], into: Path) -> Media:

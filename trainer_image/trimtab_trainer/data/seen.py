@@ -34,7 +34,7 @@ class Sizes:
 
     def of(self, names: Sequence[str]) -> list[int]:
         """By the images' whole names."""
-        return self.lengths([self.media.sizes[self.media.index[name]] for name in names]) if names else []
+        return self.lengths([self.media.size(name) for name in names]) if names else []
 
 
 def spacious(render: Render, placeholder: str, sizes: Sizes) -> Render:
@@ -65,8 +65,9 @@ def _parts(message: Mapping[str, Any]) -> list[dict[str, str]]:
 class Seen:
     """An encoder whose rows may show images; see sequences.Encoder. Its renderer is a spacious one."""
 
-    def __init__(self, encoder: Encoder, placeholder_id: int, sizes: Sizes):
+    def __init__(self, encoder: Encoder, placeholder_id: int, sizes: Sizes, boxes: Callable[[Row], Row] = dict):
         self.columns = encoder.columns
+        self._boxes = boxes
         self._encoder = encoder
         self._placeholder = placeholder_id
         self._sizes = sizes
@@ -81,7 +82,7 @@ class Seen:
                 for name, length in zip(names, self._sizes.of(names), strict=True)
                 for _ in range(length)
             ]
-            for record in self._encoder.encode([row]):
+            for record in self._encoder.encode([self._boxes(row)]):
                 yield {name: self._marked(name, values, marks) for name, values in record.items()}
 
     def conclude(self) -> Count:

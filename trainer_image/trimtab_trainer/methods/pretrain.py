@@ -16,7 +16,7 @@ class Pretrain:
 
     def needs(self, _config: RunConfig) -> Needs:
         """Anything that has text."""
-        return Needs(answer=False, text_allowed=True, images=True)
+        return Needs(answer=False, text_allowed=True, images=True, boxes=True)
 
     def encoder(self, config: RunConfig, tokenizer: Any, render: Render | None) -> Encoder:
         """Long documents are split, not lost."""

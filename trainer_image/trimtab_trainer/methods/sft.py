@@ -16,7 +16,7 @@ class Sft:
 
     def needs(self, config: RunConfig) -> Needs:
         """Conversations that end with an answer; plain text only when every token is learnt."""
-        return Needs(answer=True, text_allowed=config.resolved.loss == "all", images=True)
+        return Needs(answer=True, text_allowed=config.resolved.loss == "all", images=True, boxes=True)
 
     def encoder(self, config: RunConfig, tokenizer: Any, render: Render | None) -> Encoder:
         """Conversations stay whole unless the spec cuts them."""

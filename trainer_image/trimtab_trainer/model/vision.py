@@ -15,8 +15,18 @@ from trimtab_trainer.inputs import LocalModel
 
 def sees(folder: Path) -> bool:
     """Whether the model in a folder takes images."""
+    return "vision_config" in _described(folder)
+
+
+def model_type(folder: Path) -> str:
+    """transformers' name of the kind of model in a folder."""
+    return str(_described(folder).get("model_type"))
+
+
+def _described(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    return path.is_file() and "vision_config" in json.loads(path.read_text())
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
 
 
 def see_sight(local: LocalModel, field: str) -> None:
@@ -85,6 +95,16 @@ def lengths(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[int]:
     """Tokens that images of these heights and widths become."""
     found: Any = processor._get_num_multimodal_tokens(image_sizes=[list(size) for size in sizes])
     return [int(each) for each in found["num_image_tokens"]]
+
+
+def resized(processor: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width that a model of the Qwen-VL kind sees of an image of this height and width."""
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+    images = processor.image_processor
+    bounds = {"min_pixels": images.size["shortest_edge"], "max_pixels": images.size["longest_edge"]}
+    height, width = smart_resize(*size, factor=images.patch_size * images.merge_size, **bounds)
+    return height, width
 
 
 def eyes(model: Any) -> list[str]:

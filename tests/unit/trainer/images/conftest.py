@@ -182,7 +182,7 @@ def run_here(
         **fields.pop("dataset", {}),
     }
     steps = {"perDeviceBatchSize": 12, "weightDecay": 0, **fields.pop("training", {})}
-    document = {"method": method, "model": {"from": {"fineTuneJob": {"name": "base"}}}, "dataset": asked, **fields}
+    document = {"method": method, "model": {"from": {"fineTuneJob": {"name": "base"}}}, **fields, "dataset": asked}
     wanted = FineTuneJobSpec.model_validate({**document, "training": training(**steps)})
     beside = [
         ModelInput(field=field, reference=f"fineTuneJob/{folder.parent.name}", path=str(folder))
