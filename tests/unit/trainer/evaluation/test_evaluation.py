@@ -102,9 +102,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         ),
         root / "base", name="base",
     )  # fmt: skip
+    twice = {**EVALUATION, "atStart": True}
     learnt = job(
         root, "learnt", training=training(maxSteps=STEPS, perDeviceBatchSize=19, learningRate=1e-2, loggingSteps=20),
-        evaluation={**EVALUATION, "atStart": True},
+        evaluation=twice,
     )  # fmt: skip
     some = {"generate": {"maxNewTokens": 8, "temperature": 1, "topP": 0.9}, "metrics": [], "rows": 4}
     alone = [
@@ -118,8 +119,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     together = [
         Cell(job(root, "ddp", "learnt", **spread("ddp"))),
         Cell(job(root, "asked", "learnt", **spread("ddp"), training={"maxSteps": 0})),
-        Cell(job(root, "zero3", "learnt", **spread("zero3"))),
-        Cell(job(root, "fsdp2", "learnt", **spread("fsdp2"))),
+        Cell(job(root, "zero3", "learnt", **spread("zero3"), evaluation=twice)),
+        Cell(job(root, "fsdp2", "learnt", **spread("fsdp2"), evaluation=twice)),
         Cell(job(root, "pissa", "learnt", **spread("ddp"), tuner=small, plan=moves)),
         Cell(job(root, "zero3-lora", "learnt", **spread("zero3"), tuner={}, plan=moves)),
         Cell(job(root, "fsdp2-lora", "learnt", **spread("fsdp2"), tuner={}, plan=moves)),
@@ -169,6 +170,8 @@ def test_two_processes_answer_as_one(runs: Runs, name: str) -> None:
     alone = runs.predictions("alone", 1)
     assert [each["completion"] for each in alone] == runs.completions("learnt", STEPS)
     assert runs.predictions(name, 1) == alone
+    if name in ("zero3", "fsdp2"):
+        assert runs.predictions(name, 0) == alone
 
 
 def test_two_processes_answer_as_one_without_a_training(runs: Runs) -> None:
