@@ -72,7 +72,7 @@ def cell(root: Path, method: str, tuned: str, strategy: str = "", name: str = ""
     rows = {"train": [{"from": {"inline": lines(ROWS[method])}}], "maxLength": 128, "shuffle": False}
     spread = {"processesPerNode": world, **({"strategy": strategy} if strategy else {}), **distributed}
     wanted = spec(
-        method, dataset=rows, training=training(**plan), distributed=spread, checkpoint={"saveSteps": 2}, **fields
+        method, dataset=rows, training=training(**plan), distributed=spread, checkpoint={"saveSteps": 100}, **fields
     )
     name = name or f"{method}-{tuned}-{strategy or 'one'}"
     return run_config(wanted, root / name, name=name, model=root / "base/artifact")

@@ -69,7 +69,7 @@ def cell(root: Path, method: str, tuned: str, strategy: str = "", name: str = ""
     rows = {"train": [{"from": {"inline": JUDGED if method == "kto" else PAIRS}}], "maxLength": 128, "shuffle": False}
     spread = {"processesPerNode": world, **({"strategy": strategy} if strategy else {}), **distributed}
     wanted = spec(
-        method, dataset=rows, training=training(**plan), distributed=spread, checkpoint={"saveSteps": 2}, **fields
+        method, dataset=rows, training=training(**plan), distributed=spread, checkpoint={"saveSteps": 100}, **fields
     )
     name = name or "-".join(part for part in (method, tuned, strategy or "one") if part)
     begun = ModelInput(
