@@ -30,7 +30,8 @@ class Movement:
             raise Fault(
                 Reason.ASSERTION_FAILED,
                 f"only {moved} of {len(self._before)} trainable tensors changed",
-                "Raise training.learningRate, or keep full tuning's weights in float32.",
+                "Raise training.learningRate, or keep full tuning's weights in float32. Under grpo nothing is learnt "
+                "where all answers to a question earn the same: see frac_reward_zero_std in status.progress.metrics.",
             )
 
 
