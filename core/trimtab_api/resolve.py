@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from trimtab_api.v1alpha1 import combinations
 from trimtab_api.v1alpha1.finetunejob import FineTuneJobSpec
 from trimtab_api.v1alpha1.model import Scratch
 from trimtab_api.v1alpha1.progress import ResolvedFineTune
@@ -83,7 +82,7 @@ def strategy(spec: FineTuneJobSpec, tuner: str, world: int) -> ResolvedStrategy:
     takes ddp: its gradients and optimiser are small, and whole weights cost no traffic. Full tuning takes zero2: the
     optimiser's state is three quarters of its memory, and splitting it costs no more traffic than ddp. Weights that do
     not fit one device want zero3 or fsdp2, which the spec alone cannot know. An optimiser whose state is not
-    split takes ddp, and so does a method that is proven with it alone.
+    split takes ddp.
     """
     asked = spec.distributed.strategy
     if asked == "deviceMap":
@@ -92,7 +91,7 @@ def strategy(spec: FineTuneJobSpec, tuner: str, world: int) -> ResolvedStrategy:
         return asked if asked in ("zero1", "zero2", "zero3") and _offloads(spec) else "none"
     if asked != "auto":
         return asked
-    if not spec.learns or spec.training.optimizer != "adamw" or spec.method not in combinations.SPREAD:
+    if not spec.learns or spec.training.optimizer != "adamw":
         return "ddp"
     if tuner != "full" or (spec.model.scratch is not None and scratch_weights(spec.model.scratch) <= SMALL_SCRATCH):
         return "ddp"

@@ -359,18 +359,7 @@ HEADS = (
 )
 """Models that answer with numbers."""
 
-QUANTIZABLE = (
-    *("pretrain", "sft", "dpo", "kto", "cpo", "simpo", "orpo"),
-    *("rewardModel", "sequenceClassification", "embedding", "reranker"),
-)
-"""Methods that are proven on quantised weights."""
-
 QUANTIZED = (
-    Rule(
-        f"!has(self.model.quantization) || self.method in {list(QUANTIZABLE)}",
-        f"remove it, or set method to one of {', '.join(QUANTIZABLE)}: with the others quantised weights are not proven",
-        field_path=".model.quantization",
-    ),
     Rule(
         "!has(self.model.quantization) || !has(self.tuner.type) || self.tuner.type != 'full'",
         "remove it, or set tuner.type: lora: weights that are quantised cannot move",
@@ -414,18 +403,7 @@ QUANTIZED = (
 )
 """Weights that are quantised as they are loaded."""
 
-SPREAD = (
-    *("pretrain", "sft", "dpo", "kto", "cpo", "simpo", "orpo"),
-    *("rewardModel", "sequenceClassification", "embedding", "reranker"),
-)
-"""Methods that are proven with every strategy; what one of them cannot do all the same is a rule of its own."""
-
 PARALLEL = (
-    Rule(
-        f"self.method in {list(SPREAD)} || self.distributed.strategy in ['auto', 'ddp']",
-        f"must be auto or ddp, or method one of {', '.join(SPREAD)}: with the others only ddp is proven",
-        field_path=".distributed.strategy",
-    ),
     Rule(
         "self.distributed.strategy != 'deviceMap' || self.distributed.nodes == 1",
         "must be 1 with strategy deviceMap, where one process uses the devices of its pod",

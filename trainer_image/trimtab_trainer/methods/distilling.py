@@ -12,6 +12,7 @@ import torch
 
 from trimtab_api import inputs
 from trimtab_api.v1alpha1.rollout import Gkd
+from trimtab_trainer import strategies
 from trimtab_trainer.arguments import common, precision
 from trimtab_trainer.data.prompts import ANSWER, PROMPT
 from trimtab_trainer.methods.gkd import knobs
@@ -23,6 +24,7 @@ from trimtab_trainer.rollout import divergence
 from trimtab_trainer.rollout.engine import Sampling, pad_left, pad_right
 from trimtab_trainer.rollout.fit import see_room
 from trimtab_trainer.rollout.rounds import Record, RoundArguments, RoundTrainer, Tensors
+from trimtab_trainer.strategies import beside
 
 
 class DistillingTrainer(RoundTrainer):
@@ -33,7 +35,7 @@ class DistillingTrainer(RoundTrainer):
         passes = args.gradient_accumulation_steps
         super().__init__(passes=passes, rows=passes * args.per_device_train_batch_size, **parts)
         self._asked = asked
-        self._teacher = teacher.to(args.device)
+        self._teacher = beside.laid_out(teacher, args, self.accelerator)
 
     def play(self, records: list[Record]) -> Tensors:
         """The step's sequences, and its number of learnt tokens in all processes."""
@@ -121,7 +123,8 @@ def distilling(parts: Parts) -> DistillingTrainer:
     if asked.lmbda > 0:
         see_room(parts, asked.max_completion_length, "gkd.maxCompletionLength")
     dtype = getattr(torch, precision(parts.config))
-    teacher = loading.load(parts.further[inputs.GKD_TEACHER], inputs.GKD_TEACHER, dtype)
+    how = strategies.of(parts.config).loading()
+    teacher = loading.load(parts.further[inputs.GKD_TEACHER], inputs.GKD_TEACHER, dtype, **how)
     loading.see_vocabulary(teacher, parts.tokenizer, inputs.GKD_TEACHER)
     if parts.media is not None:
         see_sight(parts.further[inputs.GKD_TEACHER], inputs.GKD_TEACHER)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from trimtab_api import inputs
 from trimtab_api.v1alpha1.rollout import Grpo
@@ -29,7 +30,8 @@ from trimtab_trainer.rollout.engine import Engine, OwnModel, Sampling
 from trimtab_trainer.rollout.fit import see_room
 from trimtab_trainer.rollout.holding import Holding
 from trimtab_trainer.rollout.order import InOrder, Rounds
-from trimtab_trainer.rollout.reference import Referring, is_adapted, keep_adapter
+from trimtab_trainer.rollout.reference import Referring, is_adapted, keep_adapter, second
+from trimtab_trainer.strategies import beside
 
 LOSSES = {"drGrpo": "dr_grpo"}
 """Loss types whose name the library writes otherwise."""
@@ -42,8 +44,11 @@ class GroupedArguments(UnnumberedCpu, GRPOConfig):
 class GroupedTrainer(Referring, Observed, Holding, GRPOTrainer):
     """GRPOTrainer that asks the room's engine."""
 
-    def __init__(self, engine: Sampling, order: InOrder, look: Sight, **parts: Any):
+    def __init__(self, engine: Sampling, order: InOrder, look: Sight, beta: float, reference: Any, **parts: Any):
         super().__init__(**parts)
+        # Its arguments say 0: the library would open a reference that is whole with some strategies.
+        self.beta = beta
+        self.ref_model = None if reference is None else beside.laid_out(reference, self.args, self.accelerator)
         self._order = order
         self._look = look
         self.engine: Engine = OwnModel(self, engine, look)
@@ -123,8 +128,9 @@ def grouped(parts: Parts) -> GroupedTrainer:
     """The trainer of grpo. Raises Fault(SpecInvalid) when prompts and answers do not fit into the model."""
     asked = knobs(parts.config)
     see_room(parts, asked.max_completion_length, "grpo.maxCompletionLength")
-    order = InOrder()
-    trainer = GroupedTrainer(
+    order, reference = InOrder(), _reference(parts, asked)
+    args = _arguments(parts, asked)
+    return GroupedTrainer(
         engine=Sampling(
             longest=asked.max_completion_length,
             temperature=asked.temperature,
@@ -135,18 +141,16 @@ def grouped(parts: Parts) -> GroupedTrainer:
         ),
         order=order,
         look=sight(parts),
+        beta=asked.beta,
+        reference=reference,
         model=parts.model,
-        args=_arguments(parts, asked),
-        reward_funcs=_rewards(parts, asked),
+        args=args,
+        reward_funcs=_rewards(parts, asked, args.device),
         train_dataset=parts.train,
         eval_dataset=parts.validation,
         processing_class=parts.tokenizer,
         callbacks=[order, *parts.callbacks],
     )
-    if asked.beta and is_adapted(parts.model):
-        # The library copies most of an adapter; new tokens' rows it leaves out.
-        keep_adapter(parts.model)
-    return trainer
 
 
 def _arguments(parts: Parts, asked: Grpo) -> GroupedArguments:
@@ -157,7 +161,7 @@ def _arguments(parts: Parts, asked: Grpo) -> GroupedArguments:
         max_completion_length=asked.max_completion_length,
         temperature=asked.temperature,
         top_p=asked.top_p,
-        beta=asked.beta,
+        beta=0,
         loss_type=LOSSES.get(asked.loss_type, asked.loss_type),
         epsilon=asked.epsilon,
         epsilon_high=asked.epsilon_high,
@@ -171,7 +175,19 @@ def _arguments(parts: Parts, asked: Grpo) -> GroupedArguments:
     )
 
 
-def _rewards(parts: Parts, asked: Grpo) -> list[Any]:
+def _reference(parts: Parts, asked: Grpo) -> Any:
+    """The second model, with the head by which the library asks it; None where an adapter has its copy."""
+    if not asked.beta:
+        return None
+    if is_adapted(parts.model):
+        keep_adapter(parts.model)
+        return None
+    found = second(parts)
+    add_fused_lm_head(found, temperature=asked.temperature)
+    return found
+
+
+def _rewards(parts: Parts, asked: Grpo, device: Any) -> list[Any]:
     found: list[Asked] = []
     for number, reward in enumerate(asked.rewards):
         does: Reward
@@ -183,7 +199,8 @@ def _rewards(parts: Parts, asked: Grpo) -> list[Any]:
             does = Written.open(written.code_of(parts.config, number), name, Pins(parts.config.pins))
         else:
             field = inputs.grpo_reward(number)
-            does = Judged.open(parts.further[field], field, torch.float32, parts.model.device)
+            with beside.whole():
+                does = Judged.open(parts.further[field], field, torch.float32, device)
         taken = name in {each.__name__ for each in found}
         found.append(Asked(f"{name}{number}" if taken else name, does))
     return list(found)

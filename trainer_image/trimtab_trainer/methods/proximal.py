@@ -9,11 +9,9 @@ The head is in every checkpoint, and in no artifact.
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from trimtab_api import inputs
@@ -27,11 +25,11 @@ from trimtab_trainer.rewards.judged import Judged
 from trimtab_trainer.rollout import advantages
 from trimtab_trainer.rollout.engine import Sampling, pad_left, pad_right
 from trimtab_trainer.rollout.fit import see_room
-from trimtab_trainer.rollout.reference import Reference, Referring, is_adapted
+from trimtab_trainer.rollout.reference import Reference, Referring, is_adapted, second
 from trimtab_trainer.rollout.rounds import Record, RoundArguments, RoundTrainer, Tensors
+from trimtab_trainer.strategies import beside, gathering
 
 HEAD = "value_head"
-HEAD_FILE = "value_head.safetensors"
 
 
 def add_value_head(model: Any) -> None:
@@ -42,7 +40,9 @@ def add_value_head(model: Any) -> None:
     """
     inner = inner_of(model)
     width = inner.config.get_text_config().hidden_size
-    head = torch.nn.Linear(width, 1, dtype=torch.float32, device=inner.get_output_embeddings().weight.device)
+    # As wide as all that is trained: DeepSpeed steps on weights of one width alone.
+    dtype = next(weight.dtype for weight in model.parameters() if weight.requires_grad)
+    head = torch.nn.Linear(width, 1, dtype=dtype, device=inner.get_output_embeddings().weight.device)
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
     inner.add_module(HEAD, head)
@@ -58,7 +58,8 @@ def add_value_head(model: Any) -> None:
             out = plain(*args, fused_lm_head=True, **keywords)
         finally:
             hook.remove()
-        values = getattr(inner, HEAD)(states[0][:, :-1].float()).squeeze(-1)
+        head = getattr(inner, HEAD)
+        values = head(states[0][:, :-1].to(head.weight.dtype)).squeeze(-1).float()
         return {"log_probs": out.log_probs, "values": values}
 
     inner.forward = forward
@@ -89,7 +90,7 @@ class ProximalTrainer(Referring, RoundTrainer):
         self._judge = judge
         self._reference = reference
         if reference.second is not None:
-            reference.second.to(args.device)
+            reference.second = beside.laid_out(reference.second, args, self.accelerator)
 
     # ------------------------------------------------------------ a round
 
@@ -219,16 +220,22 @@ class ProximalTrainer(Referring, RoundTrainer):
 
     # ------------------------------------------------------------ the head
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        head = getattr(inner_of(self.accelerator.unwrap_model(self.model)), HEAD)
-        weights = {name: weight.detach().cpu().contiguous() for name, weight in head.state_dict().items()}
-        save_file(weights, Path(output_dir or self.args.output_dir) / HEAD_FILE)
+    def held(self) -> dict[str, Any]:
+        """What a round holds, and the head: beside an adapter a checkpoint keeps no other weights."""
+        head = {name: gathering.whole(weight).cpu() for name, weight in self._head.named_parameters()}
+        return {**super().held(), HEAD: head}
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        head = getattr(inner_of(self.accelerator.unwrap_model(model or self.model)), HEAD)
-        head.load_state_dict(load_file(Path(resume_from_checkpoint) / HEAD_FILE))
+    def hold(self, held: dict[str, Any]) -> None:
+        """See Holding."""
+        super().hold(held)
+        if self.is_deepspeed_enabled:  # its own checkpoint holds the head, and the optimiser's copy of it
+            return
+        for name, weight in self._head.named_parameters():
+            gathering.put(weight, held[HEAD][name])
+
+    @property
+    def _head(self) -> Any:
+        return getattr(inner_of(self.accelerator.unwrap_model(self.model)), HEAD)
 
     def published(self) -> Any:
         """The model without its value head."""
@@ -243,12 +250,14 @@ def proximal(parts: Parts) -> ProximalTrainer:
     see_room(parts, asked.response_length, "ppo.responseLength")
     # The ratio of new to old probability must be the update's doing, not the dropout's.
     disable_dropout_in_model(model)
-    reference = Reference(model)
+    reference = Reference(model, second(parts))
     for each in (inner_of(model), reference.second):
         if each is not None:
             add_fused_lm_head(each, temperature=asked.temperature)
     add_value_head(model)
-    judge = Judged.open(parts.further[inputs.PPO_REWARD], inputs.PPO_REWARD, torch.float32, model.device)
+    args = RoundArguments(**common(parts.config, parts.folder, validated=parts.validation is not None))
+    with beside.whole():
+        judge = Judged.open(parts.further[inputs.PPO_REWARD], inputs.PPO_REWARD, torch.float32, args.device)
     return ProximalTrainer(
         asked=asked,
         judge=judge,
@@ -260,7 +269,7 @@ def proximal(parts: Parts) -> ProximalTrainer:
             pad=parts.tokenizer.pad_token_id,
         ),
         model=model,
-        args=RoundArguments(**common(parts.config, parts.folder, validated=parts.validation is not None)),
+        args=args,
         train_dataset=parts.train,
         eval_dataset=parts.validation,
         processing_class=parts.tokenizer,

@@ -8,10 +8,9 @@ from typing import Any, Protocol
 
 import torch
 from transformers import GenerationConfig
-from trl.distributed import DistributedBackend
-from trl.models.utils import unwrap_model_for_generation
 
 from trimtab_trainer.methods.vision import Sight
+from trimtab_trainer.strategies.speaking import speaking
 
 TokenIds = Sequence[int]
 
@@ -86,16 +85,9 @@ class OwnModel:
         asked = self._look({"input_ids": ids, "attention_mask": mask})
         with (
             # The model's own settings would fill in whatever equals a library default: all of them are replaced.
-            unwrap_model_for_generation(
-                wrapped,
-                trainer.accelerator,
-                gather_deepspeed3_params=not self._together,
-                generation_kwargs=self._settings,
-                gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
-            ) as model,
+            speaking(trainer, wrapped, self._settings, whole=not self._together) as model,
             torch.no_grad(),
             trainer.accelerator.autocast(),
-            DistributedBackend(trainer.accelerator).summon_full_params(wrapped, recurse=False),
         ):
             training = model.training
             model.eval()

@@ -6,7 +6,6 @@ same when the first one begins at nothing. With full tuning it is a second model
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trl.trainer.utils import use_adapter
+from trl.trainer.utils import disable_dropout_in_model, use_adapter
+
+from trimtab_api import inputs
+from trimtab_trainer import strategies
+from trimtab_trainer.arguments import weight_dtype
+from trimtab_trainer.methods.parts import Parts
+from trimtab_trainer.model import loading
 
 NAME = "ref"
 """The adapter's name; the library's grpo uses the same."""
@@ -44,16 +49,28 @@ def drop_adapter(model: Any) -> None:
         model.delete_adapter(NAME)
 
 
+def second(parts: Parts) -> Any:
+    """The model that is tuned in full as it was at the start, opened anew: what is split as it is loaded has no copy.
+
+    None beside an adapter, which needs none. It is not laid out yet.
+    """
+    if is_adapted(parts.model):
+        return None
+    assert parts.base is not None, "the rules ask for a model that speaks"
+    how = strategies.of(parts.config).loading()
+    opened = loading.load(parts.base, inputs.MODEL, weight_dtype(parts.config), **how)
+    disable_dropout_in_model(opened)
+    return opened.eval().requires_grad_(False)
+
+
 class Reference:
     """Asks the model as it was."""
 
-    def __init__(self, model: Any):
-        self.second: Any = None
+    def __init__(self, model: Any, other: Any):
+        self.second = other
         """The second model, when there is one."""
-        if is_adapted(model):
+        if other is None:
             keep_adapter(model)
-        else:
-            self.second = copy.deepcopy(model).eval().requires_grad_(False)
 
     @contextmanager
     def of(self, model: Any) -> Iterator[Any]:

@@ -21,6 +21,20 @@ def whole(weight: Any) -> Any:
     return weight.detach()
 
 
+def put(weight: Any, full: Any) -> None:
+    """Write a whole tensor, which every process has, into a weight that FSDP2 split, or that is not split."""
+    import torch
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    with torch.no_grad():
+        if isinstance(weight, DTensor):
+            mesh = weight.device_mesh
+            part = distribute_tensor(full.to(mesh.device_type), mesh, weight.placements).to_local()
+            weight.to_local().copy_(part)
+        else:
+            weight.copy_(full)
+
+
 def length(weight: Any) -> int:
     """Rows of the whole tensor, without gathering it."""
     return int(getattr(weight, "ds_shape", weight.shape)[0])

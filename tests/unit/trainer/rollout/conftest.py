@@ -90,12 +90,21 @@ def job(
     method: str, base: Path, output: Path, further: dict[str, Path] | None = None, name: str = "job", **fields: Any
 ) -> RunConfig:
     """run.json of a job on the base; `further` are the models beside it, by field."""
-    wanted = spec(method, model={"from": {"fineTuneJob": {"name": "base"}}}, **fields)
+    model = {"from": {"fineTuneJob": {"name": "base"}}, **fields.pop("model", {})}
+    wanted = spec(method, model=model, **fields)
     beside = [
         ModelInput(field=place, reference=f"fineTuneJob/{folder.parent.name}", path=str(folder))
         for place, folder in (further or {}).items()
     ]
     return run_config(wanted, output, name=name, model=base, further=beside)
+
+
+def tuned(way: str) -> dict[str, Any]:
+    """The fields of a job that is tuned in full, by LoRA, or by LoRA on a base of 4 bit (qlora)."""
+    if way == "full":
+        return {"tuner": {"type": "full"}}
+    quantised = {"model": {"quantization": {"method": "bnb4"}}} if way == "qlora" else {}
+    return {"tuner": {"type": "lora", "lora": {"dropout": 0}}, **quantised}
 
 
 def logged(output: Path, key: str) -> list[float]:

@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.matrix import proves
 from tests.unit.trainer.conftest import conversation, lines, training
-from tests.unit.trainer.rollout.conftest import ASKED, job, run
+from tests.unit.trainer.rollout.conftest import ASKED, job, run, tuned
 from trimtab_api.conditions import Reason
+from trimtab_api.v1alpha1.model import Quantization
 from trimtab_trainer.endings import Fault
+from trimtab_trainer.model import quantisation
 from trimtab_trainer.rollout import divergence
 
 pytestmark = pytest.mark.timeout(120)
@@ -29,8 +31,7 @@ def _job(base: Path, output: Path, teacher: Path, tuner: str = "full", plan: Any
         rows = lines([{"messages": [{"role": "user", "content": asked}]} for asked in SEEN])
     data = {"train": [{"from": {"inline": rows}}], "maxLength": 48}
     asked = {"teacher": {"from": {"fineTuneJob": {"name": "teacher"}}}, "maxCompletionLength": 4, **knobs}
-    tuned = {"type": tuner, **({"lora": {"dropout": 0}} if tuner == "lora" else {})}
-    return job("gkd", base, output, {FIELD: teacher}, dataset=data, training=plan, tuner=tuned, gkd=asked)
+    return job("gkd", base, output, {FIELD: teacher}, dataset=data, training=plan, gkd=asked, **tuned(tuner))
 
 
 def _distance(teacher: Path, student: Any) -> float:
@@ -46,11 +47,20 @@ def _distance(teacher: Path, student: Any) -> float:
     return total / len(texts)
 
 
-def _opened(base: Path, artifact: Path) -> Any:
+def _begun(base: Path, quantised: bool = False) -> Any:
+    if not quantised:
+        return AutoModelForCausalLM.from_pretrained(base)
+    settings = quantisation.settings(Quantization(method="bnb4"), "float32", split=False)
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=settings)
+    quantisation.keep_layout(model)
+    return model
+
+
+def _opened(base: Path, artifact: Path, quantised: bool = False) -> Any:
     from peft import PeftModel
 
     if (artifact / "adapter_config.json").is_file():
-        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(artifact))
+        return PeftModel.from_pretrained(_begun(base, quantised), str(artifact))
     return AutoModelForCausalLM.from_pretrained(artifact)
 
 
@@ -71,6 +81,19 @@ def test_student_nears_teacher(base: Path, teacher: Path, tmp_path: Path, tuner:
     assert run(_job(base, tmp_path / "out", teacher, tuner, plan, **knobs)).artifact is not None
     after = _distance(teacher, _opened(base, tmp_path / "out/artifact"))
     assert after < before / 4, (before, after)
+
+
+@proves("gkd", "qlora")
+def test_a_quantised_student_nears_teacher_and_its_adapter_fits_the_whole_base(
+    base: Path, teacher: Path, tmp_path: Path
+) -> None:
+    plan = {**PLAN, "learningRate": 5e-3}
+    assert run(_job(base, tmp_path / "out", teacher, "qlora", plan, lmbda=0.5)).artifact is not None
+    artifact = tmp_path / "out/artifact"
+    for quantised, factor in ((True, 2), (False, 1)):
+        before = _distance(teacher, _begun(base, quantised))
+        after = _distance(teacher, _opened(base, artifact, quantised))
+        assert after < before / factor, (quantised, before, after)
 
 
 @proves("gkd", "resume")

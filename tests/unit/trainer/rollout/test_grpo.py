@@ -12,7 +12,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from tests.matrix import proves
 from tests.unit.trainer.conftest import training
-from tests.unit.trainer.rollout.conftest import job, logged, prompts, run, timeless
+from tests.unit.trainer.rollout.conftest import job, logged, prompts, run, timeless, tuned
 from trimtab_api.conditions import Reason
 from trimtab_trainer.endings import Fault
 
@@ -24,17 +24,25 @@ GRPO: dict[str, Any] = {"rewards": [{"name": "accuracy"}], "numGenerations": 4, 
 JUDGED = "grpo.rewards[1].rewardModel.from"
 
 
-def _job(base: Path, output: Path, tuner: str = "full", plan: Any = PLAN, further: Any = None, **knobs: Any) -> Any:
-    tuned = {"type": tuner, **({"lora": {"dropout": 0}} if tuner == "lora" else {})}
-    asked = {**GRPO, **knobs}
-    return job("grpo", base, output, further, dataset=DATA, training=plan, tuner=tuned, grpo=asked)
+def _job(
+    base: Path,
+    output: Path,
+    tuner: str = "full",
+    plan: Any = PLAN,
+    further: Any = None,
+    solution: str = "yes",
+    **knobs: Any,
+) -> Any:
+    data = {**DATA, "train": [{"from": {"inline": prompts(solution)}}]}
+    return job("grpo", base, output, further, dataset=data, training=plan, grpo={**GRPO, **knobs}, **tuned(tuner))
 
 
-@pytest.mark.parametrize("tuner", ["full", "lora"])
-@proves("grpo", "full", "lora")
+@pytest.mark.parametrize("tuner", ["full", "lora", "qlora"])
+@proves("grpo", "full", "lora", "qlora")
 def test_reward_rises(base: Path, tmp_path: Path, tuner: str) -> None:
     plan = {**PLAN, "learningRate": 2e-3} if tuner == "full" else PLAN
-    ending = run(_job(base, tmp_path / "out", tuner, plan))
+    # Quantised, the base says yes more often.
+    ending = run(_job(base, tmp_path / "out", tuner, plan, solution="no" if tuner == "qlora" else "yes"))
     assert ending.artifact is not None
     rewards = logged(tmp_path / "out", "reward")
     assert sum(rewards[:2]) / 2 < 0.7

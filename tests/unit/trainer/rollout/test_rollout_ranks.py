@@ -26,7 +26,8 @@ ANSWERS = {
 def test_two_ranks(base: Path, judge: Path, teacher: Path, start_ranks: StartRanks, tmp_path: Path) -> None:
     def fields(rows: int, processes: int) -> dict[str, Any]:
         plan = training(maxSteps=4, perDeviceBatchSize=rows, gradientAccumulationSteps=2)
-        return {"training": plan, "distributed": {"processesPerNode": processes}, "tuner": {"type": "full"}}
+        spread = {"processesPerNode": processes, "strategy": "ddp"}
+        return {"training": plan, "distributed": spread, "tuner": {"type": "full"}}
 
     grpo = {"rewards": [{"name": "accuracy"}], "numGenerations": 4, "maxCompletionLength": 4}
     ppo = {"rewardModel": {"from": {"fineTuneJob": {"name": "taste"}}}, "epochs": 2, "responseLength": 4}
