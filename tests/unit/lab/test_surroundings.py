@@ -19,7 +19,7 @@ def test_a_taken_port_is_told_with_its_purpose_and_its_owner() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(
-            LabError, match=rf"port {port}, wanted for kubelet, is taken by process {os.getpid()} \(.*pytest"
+            LabError, match=rf"port {port}, wanted for kubelet, is taken by process {os.getpid()} \(.*python"
         ):
             ports.claim({"kubelet": ("127.0.0.1", port)})
 

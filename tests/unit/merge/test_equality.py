@@ -102,11 +102,10 @@ def test_sixteen_bits_are_rounded_once(dtype: torch.dtype, models: Models, tmp_p
     merged = _tensors(tmp_path / "merged")
     for name, tensor in merged.items():
         assert tensor.dtype == dtype
-        # One rounding to nearest, up to what the order of float32 sums makes of ties.
-        error = (tensor.float() - exact[name]).abs() / exact[name].abs().clamp_min(
-            max(1e-6, torch.finfo(dtype).smallest_normal)
-        )
-        assert error.max() <= 0.51 * torch.finfo(dtype).eps, name
+        # One rounding to nearest, and of float32 sums what their order makes of terms that cancel each other.
+        near = exact[name].abs().clamp_min(torch.finfo(dtype).smallest_normal) * 0.51 * torch.finfo(dtype).eps
+        unsure = exact[name].abs().max() * torch.finfo(torch.float32).eps
+        assert ((tensor.float() - exact[name]).abs() <= near + unsure).all(), name
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
