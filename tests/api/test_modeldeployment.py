@@ -33,6 +33,8 @@ def serving(stage: Stage, **changes: Any) -> Object:
     """A deployment of which one pod serves everything."""
     stage.ours("ModelDeployment", "chat", **{**SPEC, **changes})
     made = stage.until_there("Deployment", "chat-server")
+    # Applied first and created afterwards: the operator makes the place for reports in the same look, but later.
+    stage.until_there("ConfigMap", "chat-reports")
     pod = stage.pod_of(made, "chat-a", made["spec"]["template"], **READY)
     report(stage, pod, swift="Loaded")
     stage.until_says("ModelDeployment", "chat", "Serving")
