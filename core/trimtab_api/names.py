@@ -110,3 +110,8 @@ def pods_of_name(kind: str, name: str) -> str:
 
 CHILDREN = f"{MANAGED_BY}={MANAGED_BY_VALUE}"
 """The selector of everything that Trimtab made: what the operator watches."""
+
+
+def tracker_volume(tracker: str) -> str:
+    """The volume with the keys of an experiment tracker."""
+    return f"tracker-{tracker}"

@@ -197,7 +197,7 @@ def trackers(reports: Reports) -> Mounted:
 
 def _tracker(name: str, secret: str, keys: Sequence[str], optional: Sequence[str]) -> Mounted:
     volume = {"projected": {"defaultMode": 0o440, "sources": _keys(secret, keys, optional)}}
-    return _mount(f"tracker-{name}", volume, f"{TRACKERS_ROOT}/{name}", True)
+    return _mount(names.tracker_volume(name), volume, f"{TRACKERS_ROOT}/{name}", True)
 
 
 def _keys(secret: str, required: Sequence[str], optional: Sequence[str]) -> list[Object]:

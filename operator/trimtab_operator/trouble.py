@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from trimtab_api import names
 from trimtab_api.conditions import Reason
 from trimtab_api.contract import Ending, Exit
 
@@ -220,7 +221,7 @@ def _mounts(pod: Object, events: Iterable[Object]) -> Trouble | None:
             continue
         text = event.get("message", "")
         secrets = [secret for secret in secrets_of(pod) if f'"{secret}"' in text or f"/{secret}" in text]
-        if _volume(text) == "tracker-wandb":
+        if _volume(text) == names.tracker_volume("wandb"):
             return Trouble(
                 Reason.CREDENTIALS_MISSING,
                 "the Secret that reports.wandb.credentials names is not in this namespace, or lacks WANDB_API_KEY "

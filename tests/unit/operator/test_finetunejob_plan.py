@@ -139,6 +139,12 @@ CASES = [
         says="keys",
     ),
     Case(
+        "a tracker's keys that are not there are told by its field",
+        lambda: _mounting('MountVolume.SetUp failed for volume "tracker-wandb": secret "wandb" not found'),
+        ("Unknown", "CredentialsMissing"),
+        says="reports.wandb.credentials",
+    ),
+    Case(
         "a gang that runs is told so",
         lambda: Story().attempt(1).runs(RUNNING),
         ("Unknown", "Running"),

@@ -88,6 +88,10 @@ def test_the_name_follows_from_what_matters(tmp_path: Path) -> None:
     longer = spec("sft", dataset={**spec("sft").dataset.dump(), "maxLength": 64})
     faster = spec("sft", training=training(learningRate=1e-5, maxSteps=99), distributed={"nodes": 2})
     assert key(tmp_path, run_config(faster, tmp_path)) == usual
+    # The preflight fetches no weights and must come to the name that the run comes to.
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    (tmp_path / "model.safetensors").touch()
+    assert key(tmp_path, config) == usual
     others = [
         key(tmp_path, config, rows="s"),
         key(tmp_path, config, template=None),
