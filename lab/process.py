@@ -53,11 +53,11 @@ class Process:
             return
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.pidfile.parent.mkdir(parents=True, exist_ok=True)
-        tie = ["setpriv", "--pdeathsig", "TERM"] if self.tied else []
+        before = tie(os.getpid()) if self.tied else []
         environment = {"PATH": f"{self.state / 'bin'}:{SYSTEM_PATH}", "HOME": str(self.state), **self.env}
         with self.log.open("ab") as out:
             self._child = subprocess.Popen(
-                [*tie, *map(str, self.argv)], env=environment, cwd="/", stdin=subprocess.DEVNULL,
+                [*before, *map(str, self.argv)], env=environment, cwd="/", stdin=subprocess.DEVNULL,
                 stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         record = {"pid": self._child.pid, "started": started(self._child.pid), "program": str(self.argv[0])}
@@ -99,6 +99,16 @@ class Process:
     def _last_words(self) -> str:
         said = self.log.read_text(errors="replace") if self.log.exists() else ""
         return f"{tail(said)}\n  all of it: cat {self.log}"
+
+
+def tie(parent: int) -> list[str]:
+    """Return the words before a program that make it die with its parent.
+
+    The kernel tells of a parent's death only to those who asked while it lived: whoever comes too late to ask finds
+    another parent, and does not start.
+    """
+    alive = '[ "$PPID" = "$0" ] && exec "$@"'
+    return ["setpriv", "--pdeathsig", "TERM", "sh", "-c", alive, str(parent)]
 
 
 def recorded(pidfile: Path) -> int | None:

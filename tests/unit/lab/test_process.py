@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -100,6 +101,15 @@ def test_a_tied_one_dies_with_who_started_it(tmp_path: Path) -> None:
     os.kill(pid, signal.SIGKILL)
     until(lambda: process.recorded(pidfile) is None)
     parent.stop()
+
+
+def test_a_tied_one_whose_parent_is_gone_already_does_not_start(tmp_path: Path) -> None:
+    gone = subprocess.run(["sh", "-c", "echo $$"], check=True, capture_output=True, text=True)
+    late = subprocess.run([*process.tie(int(gone.stdout)), "touch", tmp_path / "started"], timeout=10)
+    assert late.returncode != 0
+    assert not (tmp_path / "started").exists()
+    subprocess.run([*process.tie(os.getpid()), "touch", tmp_path / "started"], check=True, timeout=10)
+    assert (tmp_path / "started").exists()
 
 
 def test_leftovers_are_found_without_any_record(tmp_path: Path) -> None:
