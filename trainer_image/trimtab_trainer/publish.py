@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -98,6 +99,7 @@ class Provenance:
         }
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """The libraries that made the artifact; one that is not installed as a distribution is left out."""
     found: dict[str, str] = {}

@@ -100,7 +100,9 @@ def _figure(name: str, known: Mapping[str, Points], title: str) -> Any:
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5))
+    # Fixed margins: to measure the texts, a layout engine draws everything once more.
+    figure.subplots_adjust(left=0.11, right=0.97, bottom=0.12, top=0.92)
     axes = figure.add_subplot(xlabel="step", ylabel=name, title=title)
     for key, label in ((name, "training"), (_EVAL + name, "validation")):
         if points := known.get(key):
