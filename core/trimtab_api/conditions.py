@@ -222,7 +222,10 @@ RUNBOOK: dict[Reason, Entry] = {
     Reason.ADAPTERS_FAILED: Entry(
         "The base is served, some adapters are not.", "status.adapters tells which, why, and what to do."
     ),
-    Reason.ENGINE_FAILED: Entry("The engine ends again and again.", "Read the log of the container engine."),
+    Reason.ENGINE_FAILED: Entry(
+        "The engine ends again and again, or the one that draws a trainer's answers ended, or does not answer.",
+        "Read the log of the container engine; in a trainer's pod it is called rollout.",
+    ),
     Reason.LOADED: Entry("The adapter answers.", "Nothing."),
     Reason.LOADING: Entry("The adapter is being fetched or loaded.", "Nothing, unless it lasts."),
     Reason.ADAPTER_RANK_TOO_LARGE: Entry(

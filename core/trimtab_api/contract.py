@@ -38,6 +38,8 @@ CODE_ROOT = "/var/run/trimtab/code"
 """Below it one folder per ConfigMap, holding the files of Python that fields name."""
 TOKEN_ROOT = "/var/run/trimtab/token"  # noqa: S105 - a path
 """Projected ServiceAccount token, ca.crt and namespace of the pods that may report."""
+ROLLOUT_ROOT = "/var/run/trimtab/rollout"
+"""What a trainer and the engine beside it share: the word on the model, and the adapters."""
 WORK_ROOT = "/work"
 """Writable scratch space of a pod."""
 TERMINATION_LOG = "/dev/termination-log"
@@ -219,6 +221,34 @@ class RunConfig(Model):
     """ConfigMap to report into; None without a cluster."""
     pins: list[PinnedInput] = Field(default_factory=list)
     """Inputs as the first attempt found them; empty in the preflight."""
+
+
+class RolloutBase(Model):
+    """base.json below ROLLOUT_ROOT: what the trainer tells the engine beside it, once it has the model."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """Folder of the model, the same in both containers."""
+    dtype: Literal["float32", "bfloat16", "float16"]
+    """The trainer's arithmetic."""
+    max_model_len: Annotated[int, Field(ge=1)]
+    """Tokens of prompt and answer together."""
+    max_lora_rank: Annotated[int, Field(ge=1)]
+    """Rank of the adapter."""
+
+
+class RolloutEnd(Model):
+    """ended.json below ROLLOUT_ROOT: how an engine beside a trainer ended."""
+
+    exit_code: int
+    """Its exit code; 128 and the number of the signal that ended it."""
+
+
+ROLLOUT_BASE = "base.json"
+ROLLOUT_END = "ended.json"
+ROLLOUT_MODEL = "base"
+"""What the engine beside a trainer calls the model without an adapter."""
+ROLLOUT_CONTAINER = "rollout"
+"""The engine's container in a trainer's pod."""
 
 
 class MergeAdapterInput(Model):

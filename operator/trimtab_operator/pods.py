@@ -31,7 +31,7 @@ from trimtab_api.contract import (
 )
 from trimtab_api.schema import ObjectMeta
 from trimtab_api.v1alpha1 import FineTuneJob, MergeJob, ModelDeployment
-from trimtab_api.v1alpha1.pod import ClaimMount, Pod
+from trimtab_api.v1alpha1.pod import ClaimMount, Pod, ResourceAmounts
 from trimtab_api.v1alpha1.reports import Reports
 
 Object = dict[str, Any]
@@ -149,8 +149,13 @@ def environment(shape: Pod, own: Mapping[str, str] | None = None) -> list[Object
 
 
 def resources(shape: Pod) -> Object:
+    """Requests and limits of the main container, only those given."""
+    return amounts(shape.resources)
+
+
+def amounts(given: ResourceAmounts) -> Object:
     """Requests and limits, only those given."""
-    return {key: value for key, value in shape.resources.dump().items() if value}
+    return {key: value for key, value in given.dump().items() if value}
 
 
 def pull_secrets(secrets: Sequence[str]) -> Object:

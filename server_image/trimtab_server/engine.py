@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = await_handoff(Path(options.handoff), options.wait_seconds)
     if model is None:
         return 75
-    return supervise(command(options, extra, model, on_cpu()), environment(os.environ))
+    cpu = on_cpu()
+    return supervise(command(options, extra, model, cpu), environment(os.environ, cpu))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -115,7 +116,7 @@ def _lora(options: argparse.Namespace) -> list[str]:
     return line
 
 
-def environment(given: Mapping[str, str]) -> dict[str, str]:
+def environment(given: Mapping[str, str], cpu: bool = False) -> dict[str, str]:
     """The environment of vLLM: nothing from outside, nothing to outside, and all writing below /tmp.
 
     What the user may tune (`VLLM_CPU_KVCACHE_SPACE`, thread counts) is kept as given.
@@ -138,6 +139,9 @@ def environment(given: Mapping[str, str]) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
     }
+    if cpu:
+        # Eager or not, log-probabilities are counted by a compiled function; without a compiler that ends the engine.
+        fixed["TORCH_COMPILE_DISABLE"] = "1"
     return {**tunable, **given, **fixed}
 
 
@@ -149,12 +153,16 @@ def on_cpu() -> bool:
         return False
 
 
-def supervise(line: Sequence[str], env: Mapping[str, str]) -> int:
-    """Run vLLM in a process group of its own and end with it; SIGTERM is passed on. Returns the exit code."""
+def supervise(line: Sequence[str], env: Mapping[str, str], told: Callable[[], object] = bool) -> int:
+    """Run vLLM in a process group of its own and end with it; SIGTERM is passed on. Returns the exit code.
+
+    `told`: called when SIGTERM came.
+    """
     log.info("starting: %s", " ".join(line))
     child = subprocess.Popen(line, env=dict(env), start_new_session=True)
 
     def stop(*_: object) -> None:
+        told()
         child.terminate()
 
     signal.signal(signal.SIGTERM, stop)

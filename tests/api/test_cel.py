@@ -37,6 +37,8 @@ SCRATCH = {
 GRPO = {"rewards": [{"name": "format"}]}
 PPO = {"rewardModel": {"from": HUB}}
 GKD = {"teacher": {"from": HUB}}
+BESIDE: dict[str, Any] = {"method": "grpo", "grpo": GRPO, "rollout": {"engine": "vllm"}}
+"""Answers that an engine beside the trainer draws."""
 GONE = object()
 """In a row: the field is removed."""
 ASKED = {"training.maxSteps": 0, "evaluation": {}, "dataset": {"validation": [{"from": {"inline": "{}"}}]}}
@@ -220,6 +222,17 @@ REFUSED = (
     Row("ratios of answers in a sum of tokens", F, {"method": "grpo", "grpo": {**GRPO, "importanceSampling": "sequence", "lossType": "dapo"}}, "spec.grpo.lossType", "must be grpo with importanceSampling: sequence"),
     Row("a part of a group", F, {"method": "grpo", "grpo": GRPO, "training.gradientAccumulationSteps": 3, "distributed.processesPerNode": 2}, "spec.grpo.numGenerations", "whole groups of answers"),
     Row("an adapted head", F, {"method": "grpo", "grpo": GRPO, "tuner.lora": {"targetModules": ["q_proj", "lm_head"]}}, "spec.tuner.lora.targetModules", "leave lm_head out"),
+    # Who draws the answers
+    Row("an engine for rows", F, {"rollout": {}}, "spec.rollout", "the others learn from rows"),
+    Row("a container that is not", F, {"method": "grpo", "grpo": GRPO, "rollout.resources": {"limits": {"cpu": 1}}}, "spec.rollout.resources", "there is no container but the trainer's"),
+    Row("an engine for all weights", F, {**BESIDE, "tuner.type": "full"}, "spec.tuner.type", "which is given adapters"),
+    Row("an engine for directions", F, {**BESIDE, "tuner.lora": {"dora": True}}, "spec.tuner.lora", "takes plain adapters alone"),
+    Row("an engine for whole modules", F, {**BESIDE, "tuner.lora": {"modulesToSave": ["head"]}}, "spec.tuner.lora", "takes plain adapters alone"),
+    Row("an engine for parameters", F, {**BESIDE, "tuner.lora": {"targetParameters": ["a"]}}, "spec.tuner.lora", "takes plain adapters alone"),
+    Row("an engine for embeddings", F, {**BESIDE, "tuner.lora": {"targetModules": ["q_proj", "embed_tokens"]}}, "spec.tuner.lora.targetModules", "adapters of the layers between them"),
+    Row("an engine for another base", F, {**BESIDE, "tuner.lora": {"initWeights": "pissa"}}, "spec.tuner.lora.initWeights", "which has the base as it was"),
+    Row("an engine for a sum", F, {**BESIDE, "tuner.adapters": [{"from": HUB}]}, "spec.tuner.adapters", "merge these adapters first"),
+    Row("an engine for four bits", F, {**BESIDE, "model.quantization": {"method": "bnb4"}}, "spec.model.quantization", "before they were quantised"),
     # Models that answer with numbers
     Row("reward knobs for sft", F, {"rewardModel": {}}, "spec.rewardModel", "set method: rewardModel: these are that method's knobs"),
     Row("labels for sft", F, {"classification": {"numLabels": 2}}, "spec.classification", "set method: sequenceClassification: these are that method's knobs"),
@@ -323,6 +336,7 @@ ACCEPTED = (
     (F, {"method": "rewardModel", "model.quantization": {"method": "bnb4"}, "distributed.strategy": "zero3"}),
     (F, {"method": "kto", "training.perDeviceBatchSize": 2, "tuner.type": "full", "distributed": {"strategy": "zero3", "offload": {"parameters": True}}}),
     (F, {"method": "grpo", "grpo": GRPO, "distributed.strategy": "fsdp2", "model.quantization": {"method": "bnb4"}}), (F, {"method": "ppo", "ppo": PPO, "distributed.strategy": "zero3"}), (F, {"method": "gkd", "gkd": GKD, "distributed.strategy": "deviceMap"}),
+    (F, {**BESIDE, "tuner": {"lora": {"rank": 64, "rsLora": True, "targetModules": ["q_proj"]}}, "rollout.resources": {"limits": {"nvidia.com/gpu": 1}}}), (F, {**BESIDE, "tuner.continueFrom": HUB, "distributed.strategy": "fsdp2"}), (F, {"method": "ppo", "ppo": PPO, "rollout": {}}),
     (F, {"distributed": {"strategy": "zero3", "offload": {"optimizer": True, "parameters": True}}}),
     (F, {"distributed": {"strategy": "fsdp2", "offload": {"parameters": True}}}),
     (F, {"tuner.type": "full", "training.pureBf16": True, "distributed.strategy": "zero2"}),
@@ -535,6 +549,7 @@ EDITS: dict[str, dict[str, Any]] = {
         "hangTimeoutSeconds": 60,
         **{method: {"beta": 0.2} for method in ("dpo", "kto", "cpo", "simpo")},
         **{method: {} for method in ("orpo", "grpo", "ppo", "gkd")},
+        "rollout": {"tensorParallel": 2},
         **{block: {} for block in ("rewardModel", "classification", "embedding", "reranker")},
     },
     "MergeJob": {
@@ -556,7 +571,8 @@ FREE = {"suspend", "ttlSecondsAfterFinished"}
 
 def edit(field: str, value: Any) -> dict[str, Any]:
     """A change of one field; a method's block comes with the method's example, whose rows and steps fit it."""
-    named = {"rewardModel": "reward-model", "classification": "sequence-classification"}.get(field, field)
+    apart = {"rewardModel": "reward-model", "classification": "sequence-classification", "rollout": "grpo-vllm"}
+    named = apart.get(field, field)
     example = EXAMPLES / "methods" / f"{named}.yaml"
     if not example.is_file():
         return {"spec": {field: value}}

@@ -141,6 +141,11 @@ def once(group: Group, work: Callable[[], T]) -> T:
     return _told(group, work, group.place.first)[0]
 
 
+def each(group: Group, work: Callable[[], None]) -> None:
+    """Each process does its own; a fault of one ends all, with its words."""
+    _told(group, work, True)
+
+
 def _told(group: Group, work: Callable[[], T], mine: bool) -> list[T]:
     value: T | None = None
     failure: Exception | None = None

@@ -45,6 +45,7 @@ EXITS: dict[Reason, Exit] = {
     Reason.ASSERTION_FAILED: Exit.ASSERTION_FAILED,
     Reason.STALLED: Exit.STALLED,
     Reason.PREEMPTED: Exit.PREEMPTED,
+    Reason.ENGINE_FAILED: Exit.CRASHED,
     Reason.CRASHED: Exit.CRASHED,
 }
 """The exit code of each reason that a pod of ours can end with."""

@@ -17,6 +17,10 @@ WORK = "TRIMTAB_WORK"
 """Overrides contract.WORK_ROOT."""
 TERMINATION_LOG = "TRIMTAB_TERMINATION_LOG"
 """Overrides contract.TERMINATION_LOG."""
+ROLLOUT = "TRIMTAB_ROLLOUT"
+"""Overrides contract.ROLLOUT_ROOT."""
+ENGINE_PORT = "TRIMTAB_ENGINE_PORT"
+"""Overrides contract.ENGINE_PORT."""
 BAR = "TRIMTAB_BAR"
 """Set where a person watches: a bar instead of a ConfigMap and metrics."""
 GRACE_SECONDS = "TRIMTAB_GRACE_SECONDS"
@@ -53,6 +57,16 @@ def work_root() -> Path:
 def termination_log() -> Path:
     """Where the termination message goes."""
     return Path(os.environ.get(TERMINATION_LOG, contract.TERMINATION_LOG))
+
+
+def rollout_root() -> Path:
+    """What is shared with the engine beside the trainer."""
+    return Path(os.environ.get(ROLLOUT, contract.ROLLOUT_ROOT))
+
+
+def engine_port() -> int:
+    """Where that engine listens, on the loopback."""
+    return int(os.environ.get(ENGINE_PORT, contract.ENGINE_PORT))
 
 
 def results_folder() -> Path:

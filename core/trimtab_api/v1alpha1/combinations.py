@@ -313,6 +313,63 @@ ROLLOUT = (
 )
 """Methods that learn from what the model says."""
 
+_ALONE = "(!has(self.rollout) || self.rollout.engine != 'vllm')"
+
+ENGINE = (
+    Rule(
+        "!has(self.rollout) || self.method in ['grpo', 'ppo', 'gkd']",
+        "remove it, or set method: grpo, ppo or gkd: the others learn from rows, and draw no answers to learn from",
+        field_path=".rollout",
+    ),
+    Rule(
+        "!has(self.rollout) || self.rollout.engine == 'vllm' || "
+        "!has(self.rollout.resources) || "
+        "((!has(self.rollout.resources.requests) || size(self.rollout.resources.requests) == 0) && "
+        "(!has(self.rollout.resources.limits) || size(self.rollout.resources.limits) == 0))",
+        "leave it out, or set engine: vllm: with transformers there is no container but the trainer's",
+        field_path=".rollout.resources",
+    ),
+    Rule(
+        f"{_ALONE} || !has(self.tuner.type) || self.tuner.type != 'full'",
+        "must be lora with rollout.engine: vllm, which is given adapters; or set rollout.engine: transformers",
+        field_path=".tuner.type",
+    ),
+    Rule(
+        f"{_ALONE} || !has(self.tuner.lora) || (!self.tuner.lora.dora && self.tuner.lora.bias == 'none' && "
+        "(!has(self.tuner.lora.modulesToSave) || size(self.tuner.lora.modulesToSave) == 0) && "
+        "!has(self.tuner.lora.targetParameters))",
+        "leave dora, bias, modulesToSave and targetParameters out with rollout.engine: vllm, which takes plain adapters "
+        "alone; or set rollout.engine: transformers",
+        field_path=".tuner.lora",
+    ),
+    Rule(
+        f"{_ALONE} || !has(self.tuner.lora) || !has(self.tuner.lora.targetModules) || "
+        "!self.tuner.lora.targetModules.exists(name, name in ['lm_head', 'embed_tokens', 'wte'])",
+        "leave embeddings and head out with rollout.engine: vllm, which takes adapters of the layers between them; or "
+        "set rollout.engine: transformers",
+        field_path=".tuner.lora.targetModules",
+    ),
+    Rule(
+        f"{_ALONE} || !has(self.tuner.lora) || self.tuner.lora.initWeights in ['default', 'gaussian']",
+        "must be default or gaussian with rollout.engine: vllm, which has the base as it was; or set rollout.engine: "
+        "transformers",
+        field_path=".tuner.lora.initWeights",
+    ),
+    Rule(
+        f"{_ALONE} || !has(self.tuner.adapters)",
+        "remove it with rollout.engine: vllm, which has the base as it was: merge these adapters first, or set "
+        "rollout.engine: transformers",
+        field_path=".tuner.adapters",
+    ),
+    Rule(
+        f"{_ALONE} || !has(self.model.quantization)",
+        "remove it with rollout.engine: vllm, which would answer with the weights as they were before they were "
+        "quantised; or set rollout.engine: transformers",
+        field_path=".model.quantization",
+    ),
+)
+"""Who draws the answers."""
+
 _HEADS = "self.method in ['rewardModel', 'sequenceClassification', 'embedding', 'reranker']"
 
 HEADS = (
@@ -560,6 +617,7 @@ COMBINATIONS = (
     *PREFERENCE,
     *STREAMING,
     *ROLLOUT,
+    *ENGINE,
     *HEADS,
     *QUANTIZED,
     *PARALLEL,

@@ -24,7 +24,7 @@ from trimtab_api.v1alpha1.pod import Pod
 from trimtab_api.v1alpha1.preference import Cpo, Dpo, Kto, Orpo, Simpo
 from trimtab_api.v1alpha1.progress import FineTuneJobStatus
 from trimtab_api.v1alpha1.reports import Reports
-from trimtab_api.v1alpha1.rollout import Gkd, Grpo, Ppo
+from trimtab_api.v1alpha1.rollout import Gkd, Grpo, Ppo, Rollout
 from trimtab_api.v1alpha1.source import Storage
 from trimtab_api.v1alpha1.training import Checkpoint, Distributed, Training
 from trimtab_api.v1alpha1.tuner import Tuner
@@ -96,6 +96,8 @@ class FineTuneJobSpec(Model):
     """Knobs of method ppo."""
     gkd: Gkd | None = None
     """Knobs of method gkd."""
+    rollout: Rollout | None = None
+    """Who draws the answers of grpo, ppo and gkd; by default the trained model itself."""
     reward_model: RewardModel | None = None
     """Knobs of method rewardModel."""
     classification: Classification | None = None
@@ -124,6 +126,11 @@ class FineTuneJobSpec(Model):
     """The resource is deleted this long after its end, in seconds. What it made in storage stays."""
 
     @property
+    def asks_vllm(self) -> bool:
+        """Whether an engine beside the trainer draws answers."""
+        return self.rollout is not None and self.rollout.engine == "vllm"
+
+    @property
     def learns(self) -> bool:
         """Whether anything is trained; a job that learns nothing answers."""
         return self.training.max_steps != 0
@@ -141,7 +148,7 @@ class FineTuneJob(Model):
                     "method", "model", "dataset", "template", "tuner", "training", "evaluation",
                     "checkpoint", "distributed",
                     "dpo", "kto", "cpo", "simpo", "orpo",
-                    "grpo", "ppo", "gkd",
+                    "grpo", "ppo", "gkd", "rollout",
                     "rewardModel", "classification", "embedding", "reranker",
                     "reports", "output", "storage", "pod", "retries", "activeDeadlineSeconds", "hangTimeoutSeconds",
                 )

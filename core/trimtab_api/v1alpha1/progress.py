@@ -88,6 +88,8 @@ class ResolvedFineTune(Model):
 
     image: Annotated[str | None, Field(max_length=512)] = None
     """Trainer image, pinned at the first attempt."""
+    rollout_image: Annotated[str | None, Field(max_length=512)] = None
+    """Image of the engine beside the trainer, pinned at the first attempt; none without rollout.engine: vllm."""
     tuner_type: Literal["full", "lora"]
     """Which weights move."""
     learning_rate: float

@@ -1,4 +1,4 @@
-"""Methods that let the model speak and learn from what it said: grpo, ppo, gkd."""
+"""Methods that let the model speak and learn from what it said: grpo, ppo, gkd; and who draws what it says."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from trimtab_api.schema import LIST_ATOMIC, Model, OneOf
+from trimtab_api.v1alpha1.pod import ResourceAmounts
 from trimtab_api.v1alpha1.source import ModelSource, PythonFile
 
 Temperature = Annotated[float, Field(gt=0, le=10)]
@@ -132,3 +133,16 @@ class Gkd(Model):
     """How much of the rows' own next-token loss is added in steps on rows."""
     max_completion_length: Tokens = 512
     """Longest answer that the student gives, in tokens."""
+
+
+class Rollout(Model):
+    """Who draws the answers that the model learns from."""
+
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """transformers: the trained model itself, in the trainer's processes. vllm: an engine beside the trainer, in a container of its own in each of its pods; it is given the adapter whenever that has moved."""
+    resources: ResourceAmounts = Field(default_factory=ResourceAmounts)
+    """Resources of the engine's container, beside those of the trainer in pod.resources: its own GPUs, for example."""
+    tensor_parallel: Annotated[int, Field(ge=1, le=64)] = 1
+    """Accelerators of the engine that share one copy of the model."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of an accelerator's memory that the engine takes."""

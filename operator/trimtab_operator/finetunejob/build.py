@@ -13,6 +13,8 @@ from pathlib import PurePosixPath
 from trimtab_api import inputs, names
 from trimtab_api.contract import (
     METRICS_PORT,
+    ROLLOUT_CONTAINER,
+    ROLLOUT_ROOT,
     RUN_FILE,
     TERMINATION_LOG,
     WORK_ROOT,
@@ -43,7 +45,7 @@ PORT = 23456
 SHARED_MEMORY = "2Gi"
 
 PREFLIGHTED = (
-    "method", "model", "dataset", "template", "tuner", "training", "distributed", "grpo", "ppo", "gkd",
+    "method", "model", "dataset", "template", "tuner", "training", "distributed", "grpo", "ppo", "gkd", "rollout",
     "classification", "embedding", "reranker", "storage", "output", "pod",
 )  # fmt: skip
 """Parts of the spec that the preflight looks at: when one changes, it looks again."""
@@ -79,7 +81,7 @@ def run_config(
         job=identity(job),
         attempt=attempt,
         spec=job.spec,
-        resolved=resolved(job, image, output.uri),
+        resolved=resolved(job, image, settings.images.server, output.uri),
         model=models.pop(inputs.MODEL, None),
         tokenizer=models.pop(inputs.TOKENIZER, None),
         further=list(models.values()),
@@ -99,12 +101,17 @@ def identity(job: FineTuneJob) -> JobIdentity:
     return JobIdentity(namespace=job.metadata.namespace, name=job.metadata.name, uid=job.metadata.uid)
 
 
-def resolved(job: FineTuneJob, image: str, output: str) -> ResolvedFineTune:
-    """What was left to us, decided; once the job has started, the batch as memory has allowed it."""
+def resolved(job: FineTuneJob, image: str, server: str, output: str) -> ResolvedFineTune:
+    """What was left to us, decided; once the job has started, the batch as memory has allowed it.
+
+    `server`: the image of an engine beside the trainer; once the job has started it keeps the one that it has.
+    """
     fresh, known = resolve(job.spec, image=image, output_uri=output), job.status
+    if job.spec.asks_vllm:
+        fresh = fresh.model_copy(update={"rollout_image": server})
     if known is None or known.start_time is None or known.resolved is None:
         return fresh
-    kept = ("per_device_batch_size", "gradient_accumulation_steps")
+    kept = ("per_device_batch_size", "gradient_accumulation_steps", "rollout_image")
     return fresh.model_copy(update={name: getattr(known.resolved, name) for name in kept})
 
 
@@ -270,6 +277,8 @@ def _replica(job: FineTuneJob, config: RunConfig, settings: Settings, count: int
         job, config, names.run_config(job.metadata.name, config.attempt), pods.claims(job.spec.pod.volumes).mounts
     )
     pod["volumes"] += pods.claims(job.spec.pod.volumes).volumes
+    if job.spec.asks_vllm:
+        _add_engine(pod, job, config)
     if master:
         keys = pods.trackers(job.spec.reports)
         pod["volumes"] += [pods.token_volume(), *keys.volumes]
@@ -286,6 +295,45 @@ def _replica(job: FineTuneJob, config: RunConfig, settings: Settings, count: int
             "spec": pod,
         },
     }
+
+
+def _add_engine(pod: Object, job: FineTuneJob, config: RunConfig) -> None:
+    """The engine that draws answers, as a sidecar: it is placed, counted and ended with the trainer of its pod.
+
+    It reads the model where the trainer has put it, so it needs neither credentials nor a network.
+    """
+    asked = job.spec.rollout
+    assert asked is not None
+    claims = pods.storage(place for place in (config.model,) if place is not None and place.path)
+    shared = {"name": ROLLOUT_CONTAINER, "mountPath": ROLLOUT_ROOT}
+    pod["initContainers"] = [
+        {
+            "name": ROLLOUT_CONTAINER,
+            "image": config.resolved.rollout_image,
+            "restartPolicy": "Always",
+            "command": ["python", "-m", "trimtab_server.rollout"],
+            "args": [
+                f"--tensor-parallel-size={asked.tensor_parallel}",
+                f"--gpu-memory-utilization={asked.gpu_memory_utilization}",
+            ],
+            "resources": pods.amounts(asked.resources),
+            "securityContext": pods.container_security(),
+            "terminationMessagePolicy": "FallbackToLogsOnError",
+            "volumeMounts": [
+                shared,
+                {"name": "work", "mountPath": WORK_ROOT, "readOnly": True},
+                {"name": "rollout-tmp", "mountPath": "/tmp"},  # noqa: S108 - an emptyDir of this container's own
+                {"name": "rollout-shm", "mountPath": "/dev/shm"},  # noqa: S108 - memory that its processes share
+                *claims.mounts,
+            ],
+        }
+    ]
+    pod["containers"][0]["volumeMounts"].append(shared)
+    pod["volumes"] += [
+        {"name": ROLLOUT_CONTAINER, "emptyDir": {}},
+        {"name": "rollout-tmp", "emptyDir": {}},
+        {"name": "rollout-shm", "emptyDir": {"medium": "Memory", "sizeLimit": SHARED_MEMORY}},
+    ]
 
 
 def _pod(job: FineTuneJob, config: RunConfig, config_name: str, extra: Sequence[Object]) -> Object:

@@ -50,7 +50,14 @@ def way(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "example", ["who-are-you/base", "who-are-you/harbour", "every-field/finetunejob", "methods/grpo-python"]
+    "example",
+    [
+        "who-are-you/base",
+        "who-are-you/harbour",
+        "every-field/finetunejob",
+        "methods/grpo-python",
+        "methods/grpo-vllm",
+    ],
 )
 def test_the_example_becomes_what_it_became(example: str) -> None:
     text = (EXAMPLES / f"{example}.yaml").read_text(encoding="utf-8")

@@ -82,6 +82,9 @@ def test_the_environment_is_closed_and_keeps_what_users_may_tune() -> None:
     assert (env["VLLM_SERVER_DEV_MODE"], env["VLLM_PLUGINS"], env["HF_HUB_OFFLINE"]) == ("0", "", "1")
     assert env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True"
     assert engine.environment({})["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    # Without a compiler the first request for log-probabilities would end the engine.
+    assert engine.environment({}, cpu=True)["TORCH_COMPILE_DISABLE"] == "1"
+    assert "TORCH_COMPILE_DISABLE" not in engine.environment({})
 
 
 CHILD = """

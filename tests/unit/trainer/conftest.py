@@ -250,12 +250,13 @@ def start_ranks(tmp_path: Path) -> Iterator[StartRanks]:
     context.set_forkserver_preload(PRELOADED)
     started: list[Ranks] = []
 
-    def start(config: RunConfig) -> Ranks:
+    def start(config: RunConfig, **environment: str) -> Ranks:
         work = tmp_path / f"ranks-{len(started)}"
         work.mkdir()
         (work / "run.json").write_text(config.model_dump_json(by_alias=True, exclude_none=True))
         world = config.resolved.world_size
         shared = {
+            **environment,
             "TRIMTAB_RUN_FILE": str(work / "run.json"),
             "TRIMTAB_WORK": str(work),
             "TRIMTAB_BAR": "1",

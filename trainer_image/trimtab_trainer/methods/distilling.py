@@ -21,6 +21,7 @@ from trimtab_trainer.methods.vision import sight, unsayable
 from trimtab_trainer.model import loading
 from trimtab_trainer.model.vision import see_sight
 from trimtab_trainer.rollout import divergence
+from trimtab_trainer.rollout.beside import asking
 from trimtab_trainer.rollout.engine import Sampling, pad_left, pad_right
 from trimtab_trainer.rollout.fit import see_room
 from trimtab_trainer.rollout.rounds import Record, RoundArguments, RoundTrainer, Tensors
@@ -132,6 +133,7 @@ def distilling(parts: Parts) -> DistillingTrainer:
         asked=asked,
         teacher=teacher.eval().requires_grad_(False),
         look=sight(parts),
+        asking=asking(parts),
         sampling=Sampling(
             longest=asked.max_completion_length,
             temperature=asked.temperature,

@@ -18,7 +18,7 @@ class Distilled:
 
     def needs(self, config: RunConfig) -> Needs:
         """Conversations that end with an answer; prompts will do when the student always answers itself."""
-        return prompts.needed(answer=knobs(config).lmbda < 1, images=True)
+        return prompts.needed(answer=knobs(config).lmbda < 1, images=not config.spec.asks_vllm)
 
     def encoder(self, config: RunConfig, tokenizer: Any, render: Render | None) -> Encoder:
         """Prompts, and the rows' last answers."""

@@ -26,6 +26,7 @@ from trimtab_trainer.methods.vision import Sight, sight, unsayable
 from trimtab_trainer.rewards import Reward, Said, written
 from trimtab_trainer.rewards.judged import Judged
 from trimtab_trainer.rewards.written import Written
+from trimtab_trainer.rollout.beside import Asking, asking
 from trimtab_trainer.rollout.engine import Engine, OwnModel, Sampling
 from trimtab_trainer.rollout.fit import see_room
 from trimtab_trainer.rollout.holding import Holding
@@ -44,14 +45,26 @@ class GroupedArguments(UnnumberedCpu, GRPOConfig):
 class GroupedTrainer(Referring, Observed, Holding, GRPOTrainer):
     """GRPOTrainer that asks the room's engine."""
 
-    def __init__(self, engine: Sampling, order: InOrder, look: Sight, beta: float, reference: Any, **parts: Any):
+    def __init__(
+        self,
+        engine: Sampling,
+        asking: Asking,
+        order: InOrder,
+        look: Sight,
+        beta: float,
+        reference: Any,
+        **parts: Any,
+    ):
         super().__init__(**parts)
         # Its arguments say 0: the library would open a reference that is whole with some strategies.
         self.beta = beta
         self.ref_model = None if reference is None else beside.laid_out(reference, self.args, self.accelerator)
         self._order = order
         self._look = look
-        self.engine: Engine = OwnModel(self, engine, look)
+        self.engine: Engine = asking(self, engine, look)
+        # Another engine's arithmetic draws from a slightly other distribution: the library weighs tokens by the ratio
+        # of the two. Its own engine, which the same word in its arguments would start, is never asked.
+        self.use_vllm = not isinstance(self.engine, OwnModel)
 
     def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return prompts, None, {}
@@ -139,6 +152,7 @@ def grouped(parts: Parts) -> GroupedTrainer:
             pad=parts.tokenizer.pad_token_id,
             never=unsayable(parts),
         ),
+        asking=asking(parts),
         order=order,
         look=sight(parts),
         beta=asked.beta,
@@ -168,6 +182,8 @@ def _arguments(parts: Parts, asked: Grpo) -> GroupedArguments:
         importance_sampling_level=asked.importance_sampling,
         scale_rewards=asked.scale_rewards,
         num_iterations=asked.num_iterations,
+        # Ratios of whole answers would fall to nothing with topP, which makes each token a little likelier.
+        vllm_importance_sampling_mode="token_truncate",
         reward_weights=[1.0 if reward.weight is None else reward.weight for reward in asked.rewards],
         shuffle_dataset=parts.config.spec.dataset.shuffle,
         # The ratio of new to old probability must be the update's doing, not the dropout's.

@@ -34,8 +34,8 @@ class GroupRelative:
                 "(training.perDeviceBatchSize x training.gradientAccumulationSteps x processes)",
                 "Leave training.gradientAccumulationSteps out, or choose it so that it does.",
             )
-        # A reward model reads conversations as text.
-        images = all(reward.reward_model is None for reward in asked.rewards)
+        # A reward model reads conversations as text, and an engine beside the trainer is asked in tokens.
+        images = not config.spec.asks_vllm and all(reward.reward_model is None for reward in asked.rewards)
         return prompts.needed(*_columns_read(config), images=images)
 
     def encoder(self, config: RunConfig, tokenizer: Any, render: Render | None) -> Encoder:

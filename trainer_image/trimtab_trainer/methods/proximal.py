@@ -23,6 +23,7 @@ from trimtab_trainer.methods.ppo import knobs
 from trimtab_trainer.rewards import Reward, Said
 from trimtab_trainer.rewards.judged import Judged
 from trimtab_trainer.rollout import advantages
+from trimtab_trainer.rollout.beside import asking
 from trimtab_trainer.rollout.engine import Sampling, pad_left, pad_right
 from trimtab_trainer.rollout.fit import see_room
 from trimtab_trainer.rollout.reference import Reference, Referring, is_adapted, second
@@ -262,6 +263,7 @@ def proximal(parts: Parts) -> ProximalTrainer:
         asked=asked,
         judge=judge,
         reference=reference,
+        asking=asking(parts),
         sampling=Sampling(
             longest=asked.response_length,
             temperature=asked.temperature,

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 from trimtab_trainer.arguments import UnnumberedCpu
 from trimtab_trainer.methods.observed import Observed
 from trimtab_trainer.methods.vision import Sight
+from trimtab_trainer.rollout.beside import Asking
 from trimtab_trainer.rollout.engine import Engine, OwnModel, Sampling
 from trimtab_trainer.rollout.holding import Holding
 from trimtab_trainer.rollout.order import InOrder, Rounds
@@ -31,7 +32,15 @@ class RoundTrainer(Observed, Holding, Trainer):
     Losses are means over the tokens of a whole step of all processes: how it is cut into passes does not matter.
     """
 
-    def __init__(self, sampling: Sampling, passes: int, rows: int, look: Sight = dict, **parts: Any):
+    def __init__(
+        self,
+        sampling: Sampling,
+        passes: int,
+        rows: int,
+        look: Sight = dict,
+        asking: Asking = OwnModel,
+        **parts: Any,
+    ):
         self._in_order = InOrder()
         parts["callbacks"] = [self._in_order, *parts.pop("callbacks", [])]
         super().__init__(data_collator=list, **parts)
@@ -40,7 +49,7 @@ class RoundTrainer(Observed, Holding, Trainer):
         self.compute_loss_func = self.compute_loss
         self.sampling = sampling
         self.look = look
-        self.engine: Engine = OwnModel(self, sampling, look)
+        self.engine: Engine = asking(self, sampling, look)
         self.passes = passes
         self.rows = rows
         self.played: Tensors | None = None
