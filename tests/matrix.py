@@ -31,6 +31,8 @@ WAYS = {
     "nodes": "two nodes",
     "pods": "as pods",
     "images": "images",
+    "video": "video",
+    "audio": "audio",
     "resume": "resume",
 }
 """The columns, by the word that a mark uses."""

@@ -184,6 +184,8 @@ REFUSED = (
     Row("stream without an end", F, {"dataset.streaming": {}}, "spec.training.maxSteps", "nobody knows how many rows a stream has"),
     Row("split of a stream", F, {"dataset.streaming": {}, "training.maxSteps": 1, "dataset.validationSplit": 0.1}, "spec.dataset.validationSplit", "give dataset.validation rows of their own"),
     Row("packs of a stream", F, {"dataset.streaming": {}, "training.maxSteps": 1, "dataset.packing": {}}, "spec.dataset.packing", "packs are made of rows that are all there"),
+    Row("pictures of a stream", F, {"dataset.streaming": {}, "training.maxSteps": 1, "dataset.multimodal": {"videoFps": 1}}, "spec.dataset.multimodal", "rows that are streamed show no images or videos"),
+    Row("films where text is read", F, {"method": "embedding", "dataset.multimodal": {"videoFps": 1}}, "spec.dataset.multimodal", "reads text alone"),
     Row("like lengths of a stream", F, {"dataset.streaming": {}, "training": {"maxSteps": 1, "groupByLength": True}}, "spec.training.groupByLength", "must be false with dataset.streaming"),
     Row("sample of a stream", F, {"dataset.streaming": {}, "training.maxSteps": 1, "dataset.train.0.sample": 5}, "spec.dataset.train", "leave out sample with dataset.streaming"),
     Row("tokenizer of a stream", F, {"dataset.streaming": {}, "training.maxSteps": 1, "model": {"scratch": SCRATCH}}, "spec.model.scratch.tokenizer.train", "a tokenizer is learnt from rows that are all there"),

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import fnmatch
 import importlib.util
-import itertools
 import json
 import logging
 import runpy
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import trimtab_store as store
@@ -35,10 +35,11 @@ from trimtab_trainer.data.boxes import Boxes
 from trimtab_trainer.data.collecting import Collected, rows_of
 from trimtab_trainer.data.feeds import Feed, open_feed
 from trimtab_trainer.data.masks import render_row
-from trimtab_trainer.data.media import gather, see_unpacked
+from trimtab_trainer.data.media import see_unpacked
+from trimtab_trainer.data.opened import Media, Named, gather, named
 from trimtab_trainer.data.preference import sides
 from trimtab_trainer.data.reading import Skipped, strictly
-from trimtab_trainer.data.rows import IMAGES
+from trimtab_trainer.data.rows import IMAGES, Row, shown
 from trimtab_trainer.endings import Fault, ending_of
 from trimtab_trainer.evaluation import questions
 from trimtab_trainer.inputs import (
@@ -61,7 +62,7 @@ from trimtab_trainer.model.adapter import see_base
 from trimtab_trainer.model.chat import CHATML_TOKENS
 from trimtab_trainer.model.loading import architecture, see_same_vocabulary
 from trimtab_trainer.model.scalar import see_one_output
-from trimtab_trainer.model.vision import model_type, sees
+from trimtab_trainer.model.vision import model_type, see_senses
 from trimtab_trainer.output import open_output
 from trimtab_trainer.template import CHATML, ChatTemplate, asked_for, special_tokens_in, template_in
 
@@ -78,8 +79,8 @@ RENDERED_ROWS = 2000
 COUNTED_ROWS = 20_000
 """Rows that are rendered and counted in tokens where one is."""
 
-OPENED_IMAGES = 200
-"""Images that are fetched and opened."""
+OPENED = {"image": 200, "video": 20, "audio": 20}
+"""Images, videos and sounds that are fetched and opened."""
 
 
 TOKENISED_FROM = 8 << 20
@@ -137,7 +138,7 @@ def check(config: RunConfig, work: Path) -> Ending:
             see_same_vocabulary(folder, each.path, source.field, each.reference)
     measured = _rows(config, collected, folder)
     needed = _memory(config, local[0].path if config.model is not None else None)
-    _images(collected, config.spec.dataset, folder, work / "media")
+    _media(collected, config.spec.dataset, folder, work / "media")
     questions.see(collected, config)
     rows = collected.rows if config.spec.learns else collected.validation_rows
     found = [
@@ -350,21 +351,34 @@ def _rows(config: RunConfig, collected: Collected, folder: Path | None) -> Measu
     return measured
 
 
-def _images(collected: Collected, dataset: Dataset, folder: Path | None, into: Path) -> None:
-    """Open the first images, and see that the model takes any."""
-    if not collected.images:
+def _media(collected: Collected, dataset: Dataset, folder: Path | None, into: Path) -> None:
+    """Open the first of what rows show, and see that the model takes any."""
+    if not collected.shown:
         return
-    if folder is None or not sees(folder):
-        hint = "Name a model that sees, or leave the column images out."
-        raise Fault(Reason.MODEL_INVALID, "the rows show images and the model has no vision", hint)
+    see_senses(folder, collected.shown)
+    assert folder is not None, "a model that is not there has no senses"
     see_unpacked(dataset)
-    names = (name for row in rows_of(collected.train) for name in row.get(IMAGES, []))
-    media = gather(itertools.islice(names, OPENED_IMAGES), collected.roots, into)
+    media = gather(_first(collected), collected.roots, into)
     # What a model sees of an image is its processor's to say; whether a box lies on it is seen without.
     boxes = Boxes(model_type(folder), media.size, lambda size: size)
-    for row in itertools.islice(rows_of(collected.train), OPENED_IMAGES):
-        if all(name in media.index for name in row.get(IMAGES, [])):
-            boxes(row)
+    for row in rows_of(collected.train):
+        if IMAGES in row and not _known(row, media):
+            return
+        boxes(row)
+
+
+def _first(collected: Collected) -> Iterator[Named]:
+    left = dict(OPENED)
+    for each in named(collected.train, "training"):
+        if left[each.kind] > 0:
+            left[each.kind] -= 1
+            yield each
+        if not any(left[kind] for kind in collected.shown):
+            return
+
+
+def _known(row: Row, media: Media) -> bool:
+    return all(each in media.index for each in shown(row) if each[0] == "image")
 
 
 _UNITS = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "m": 1e-3}

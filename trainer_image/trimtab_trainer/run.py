@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ from trimtab_trainer.data.boxes import Boxes
 from trimtab_trainer.data.collecting import Collected, rows_of
 from trimtab_trainer.data.feeds import open_feed
 from trimtab_trainer.data.masks import Render
-from trimtab_trainer.data.media import Media, gather, see_unpacked
+from trimtab_trainer.data.media import see_unpacked
+from trimtab_trainer.data.opened import Media, gather, named
 from trimtab_trainer.data.reading import Skipped, strictly
-from trimtab_trainer.data.rows import IMAGES
-from trimtab_trainer.data.seen import Seen, Sizes, spacious
+from trimtab_trainer.data.seen import Seen, Standing, spacious
 from trimtab_trainer.data.sequences import Encoder
 from trimtab_trainer.distributed import Group, once, once_per_pod
 from trimtab_trainer.endings import Fault, fault_of
@@ -36,7 +37,18 @@ from trimtab_trainer.inputs import MODEL_FILES, SMALL_MODEL_FILES, LocalModel, P
 from trimtab_trainer.merge.lineage import fetch_with_base
 from trimtab_trainer.methods import METHODS, Method, needs_of
 from trimtab_trainer.methods.parts import Parts
-from trimtab_trainer.model import adapter, embeddings, loading, quantisation, scalar, scratch, tokenizer, tuning, vision
+from trimtab_trainer.model import (
+    adapter,
+    embeddings,
+    loading,
+    quantisation,
+    scalar,
+    scratch,
+    senses,
+    tokenizer,
+    tuning,
+    vision,
+)
 from trimtab_trainer.model.heads import Head, LanguageHead, ScalarHead, head_of
 from trimtab_trainer.model.opening import open_model
 from trimtab_trainer.movement import Movement
@@ -71,15 +83,15 @@ class Prepared:
     new_tokens: list[int]
     """Ids of the tokens that the tokenizer was given."""
     processor: Any = None
-    """Of a model with vision."""
+    """Of a model with senses."""
     media: Media | None = None
-    """The images that rows show."""
+    """What rows show."""
     questions: Path | None = None
     """The validation rows as the evaluation asks them; None when it is not asked for."""
 
     @property
     def dataset_digest(self) -> str:
-        """Identity of what is learnt from: rows, and the contents of the images that they show."""
+        """Identity of what is learnt from: rows, and the contents of what they show."""
         if self.media is None:
             return self.collected.digest
         return "sha256:" + hashlib.sha256(f"{self.collected.digest} {self.media.digest}".encode()).hexdigest()
@@ -167,20 +179,18 @@ class Run:
         render = None if template is None else template.renderer()
         media = self._media(collected, work / "media")
         processor: Any = None
-        if vision.sees(folder):
+        vision.see_senses(folder, collected.shown)
+        if vision.senses(folder):
             processor = vision.load_processor(folder, loaded, "model.from")
-        elif media is not None:
-            raise Fault(
-                Reason.MODEL_INVALID, "the rows show images and the model has no vision", "Name a model that sees."
-            )
+            senses.settle(processor, config.spec.dataset.multimodal)
+        standing = None if media is None else self._standing(media, processor)
 
         def encoder() -> Encoder:
-            if media is None or render is None:
+            if standing is None or render is None:
                 return self.method.encoder(config, loaded, render)
-            sizes = Sizes(media, partial(vision.lengths, processor))
-            plain = self.method.encoder(config, loaded, spacious(render, processor.image_token, sizes))
-            boxes = Boxes(vision.model_type(folder), media.size, partial(vision.resized, processor))
-            return Seen(plain, vision.placeholder(processor), sizes, boxes)
+            plain = self.method.encoder(config, loaded, spacious(render, standing))
+            boxes = Boxes(vision.model_type(folder), standing.media.size, partial(vision.resized, processor))
+            return Seen(plain, standing, boxes)
 
         def tokenise(into: Path) -> str:
             skipped = Skipped()
@@ -242,12 +252,17 @@ class Run:
         return once_per_pod(self.group, lambda: kept.anew(into, tokenise))
 
     def _media(self, collected: Collected, into: Path) -> Media | None:
-        if not collected.images:
+        if not collected.shown:
             return None
         see_unpacked(self.config.spec.dataset)
-        files = [path for path in (collected.train, collected.validation) if path is not None]
-        names = (name for path in files for row in rows_of(path) for name in row.get(IMAGES, []))
-        return once_per_pod(self.group, lambda: gather(names, collected.roots, into))
+        files = {"training": collected.train, "validation": collected.validation}
+        wanted = chain.from_iterable(named(path, what) for what, path in files.items() if path is not None)
+        return once_per_pod(self.group, lambda: gather(wanted, collected.roots, into))
+
+    def _standing(self, media: Media, processor: Any) -> Standing:
+        able = senses.Senses(processor)
+        able.see_known(media.kinds)
+        return Standing(media, able.placeholders, able.ids, able.text)
 
     def _packed(self, sequences: Path, digest: str) -> str:
         """Put packs in the place of sequences where the spec asks for it; returns what identifies them then."""

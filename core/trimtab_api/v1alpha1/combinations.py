@@ -250,6 +250,15 @@ STREAMING = (
 )
 """Rows that are read while the training runs."""
 
+MULTIMODAL = (
+    Rule(
+        "!has(self.dataset.multimodal) || (self.method != 'ppo' && self.method != 'embedding')",
+        "remove it with ppo and embedding: each reads text alone",
+        field_path=".dataset.multimodal",
+    ),
+)
+"""Rows that show more than text."""
+
 ROLLOUT = (
     Rule(
         "self.method != 'grpo' || has(self.grpo)",
@@ -616,6 +625,7 @@ COMBINATIONS = (
     *PACKING,
     *PREFERENCE,
     *STREAMING,
+    *MULTIMODAL,
     *ROLLOUT,
     *ENGINE,
     *HEADS,

@@ -27,7 +27,7 @@ class DataPart(Model):
     )
     """Columns to rename before the format is read: from the name in the file to the standard name."""
     media_from: FolderSource | None = None
-    """Folder in which the paths of images begin that rows name; by default the one that the data file lies in."""
+    """Folder in which the paths of images, videos and sound begin that rows name; by default the one that the data file lies in."""
     sample: Annotated[int | None, Field(ge=1, le=1_000_000_000)] = None
     """Take this many rows, drawn with the data seed; more than there are repeats them."""
 
@@ -62,6 +62,19 @@ class Packing(Model):
     """Tokens of a pack. By default maxLength."""
 
 
+class Multimodal(Model):
+    """How images and videos of rows are prepared. What is not said here is as the model's processor has it; the artifact's processor has both."""
+
+    max_pixels: Annotated[int | None, Field(ge=784, le=178_956_970)] = None
+    """Most pixels of an image; a larger one is made smaller, and becomes fewer tokens. For models that take images of any size, as Qwen2-VL and its successors."""
+    video_max_pixels: Annotated[int | None, Field(ge=784, le=10_000_000_000)] = None
+    """Most pixels of each frame of a video; with Qwen3-VL, of all frames of a video together."""
+    video_fps: Annotated[float | None, Field(gt=0, le=240)] = None
+    """Frames per second that are taken of a video. By default the processor's, or 2."""
+    video_max_frames: Annotated[int | None, Field(ge=2, le=65536)] = None
+    """Most frames that are taken of a video; of a longer one they lie further apart. By default the processor's, as a rule 768."""
+
+
 class Dataset(Model):
     """The rows, and how they become sequences of tokens."""
 
@@ -71,6 +84,11 @@ class Dataset(Model):
                 "!has(self.validationSplit) || !has(self.validation) || self.validation.size() == 0",
                 "leave it out when validation is given: the rows come from one of them",
                 field_path=".validationSplit",
+            ),
+            Rule(
+                "!has(self.multimodal) || !has(self.streaming)",
+                "leave it out with streaming: rows that are streamed show no images or videos",
+                field_path=".multimodal",
             ),
             Rule(
                 "!has(self.interleave) || !has(self.interleave.weights) || self.interleave.weights.size() == 0 || "
@@ -109,6 +127,8 @@ class Dataset(Model):
     """Mix the parts of train by weight."""
     cache: Literal["job", "namespace"] = "job"
     """Where tokenised rows are kept, so that one pod tokenises for all, and once for all attempts: below the job's own prefix, or for every job of the namespace that writes to the same output.uri. Rows are found by what they are made of, and nothing deletes them."""
+    multimodal: Multimodal | None = None
+    """How images and videos of rows are prepared."""
     shuffle: bool = True
     """Shuffle the rows, anew each epoch."""
     seed: Annotated[int, Field(ge=0, le=2_147_483_647)] = 42

@@ -74,3 +74,9 @@ except ModuleNotFoundError:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split("\n")[:2] == ["None True", "not there"]
+
+
+def test_what_reads_films_is_left_alone_where_none_is_shown() -> None:
+    """Every room of rows is loaded by the preflight."""
+    check = "import sys, trimtab_trainer.preflight, trimtab_trainer.data.opened; sys.exit('av' in sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True)

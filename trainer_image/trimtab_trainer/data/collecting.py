@@ -19,7 +19,7 @@ from trimtab_api.conditions import Reason
 from trimtab_api.v1alpha1.dataset import DataPart, Dataset
 from trimtab_trainer.data import media
 from trimtab_trainer.data.reading import Skipped, Spoiled, broken, read, strictly
-from trimtab_trainer.data.rows import IMAGES, Format, Row, detect, standard
+from trimtab_trainer.data.rows import Format, Kind, Row, detect, shown, standard
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.inputs import LocalData
 
@@ -45,10 +45,10 @@ class Needs:
     """Plain text will do."""
     reshape: Reshape | None = None
     """Rewrites a method's own way of giving a conversation, before the format is read. None: nothing."""
-    images: bool = False
-    """Whether it learns from images."""
+    shown: tuple[Kind, ...] = ()
+    """What it looks at beside text."""
     boxes: bool = False
-    """Whether it learns from boxes on them."""
+    """Whether it learns from boxes on images."""
     complete: Complete | None = None
     """What else a row must have: adds the method's own columns to a standard row. None: nothing."""
 
@@ -66,10 +66,10 @@ class Collected:
     """Identity of the rows: over their standard form, the sampling and the split."""
     conversations: bool
     """Whether some rows are conversations, which need a chat template."""
-    images: bool = False
-    """Whether some rows show images."""
+    shown: frozenset[Kind] = frozenset()
+    """What some rows show beside text."""
     roots: tuple[media.Root, ...] = ()
-    """Where the names of images begin."""
+    """Where the names of that begin."""
     skipped: int = 0
     """Broken rows that were passed over, because the spec is not strict."""
     first_skipped: str | None = None
@@ -106,7 +106,7 @@ class PartReader:
                 "Use method pretrain, set dataset.loss: all, or give conversations.",
             )
         row = standard(renamed, self._form, needs.answer, where, number, needs.text_allowed)
-        row = media.seen(renamed, row, self._root, needs.images, needs.boxes, where, number)
+        row = media.seen(renamed, row, self._root, needs.shown, needs.boxes, where, number)
         return row if needs.complete is None else needs.complete(renamed, row, where, number)
 
 
@@ -142,6 +142,7 @@ def collect(
         broken_ones = f"no sound row, {skipped.rows} broken ones; {skipped.first}" if skipped.rows else "no row"
         raise Fault(Reason.DATA_EMPTY, f"{names}: {broken_ones}", "Add rows.")
     held_out, validation_path, conversations = 0, None, everything.conversations
+    kinds = set(everything.shown)
     if dataset.validation_split:
         held_out = max(1, round(len(everything) * dataset.validation_split))
         if held_out >= len(everything):
@@ -158,6 +159,7 @@ def collect(
         lines = Lines.write(into / "validation.jsonl", held, digest)
         held_out, validation_path = len(lines), lines.path
         conversations = conversations or lines.conversations
+        kinds |= lines.shown
     return Collected(
         train=train_path,
         validation=validation_path,
@@ -167,7 +169,7 @@ def collect(
         conversations=conversations,
         skipped=skipped.rows,
         first_skipped=skipped.first,
-        images=everything.images,
+        shown=frozenset(kinds),
         roots=tuple(media.Root.of(local, local.source.media) for local in (*train, *validation)),
     )
 
@@ -186,7 +188,8 @@ class Lines:
         self.path = path
         self.conversations = False
         """Whether some rows are conversations."""
-        self.images = False
+        self.shown: set[Kind] = set()
+        """What some rows show."""
         self._starts = array.array("Q", [0])
 
     def __len__(self) -> int:
@@ -200,7 +203,7 @@ class Lines:
             for row in rows:
                 line = json.dumps(row, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode() + b"\n"
                 lines.conversations = lines.conversations or "messages" in row
-                lines.images = lines.images or IMAGES in row
+                lines.shown.update(kind for kind, _ in shown(row))
                 stream.write(line)
                 lines._starts.append(lines._starts[-1] + len(line))
                 if digest is not None:

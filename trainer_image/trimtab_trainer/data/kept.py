@@ -43,7 +43,7 @@ class Ingredients:
     """All that tokenised rows are made of."""
 
     rows: str
-    """Identity of the rows, images included."""
+    """Identity of the rows, with what they show."""
     tokenizer: Path
     """Its folder: tokenizer and processor files."""
     template: str | None

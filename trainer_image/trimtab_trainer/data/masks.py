@@ -16,7 +16,7 @@ import jinja2
 
 from trimtab_api.conditions import Reason
 from trimtab_trainer.data.conversations import LEARNING
-from trimtab_trainer.data.rows import IMAGES, Row, parts_of
+from trimtab_trainer.data.rows import Row, names_of, parts_of
 from trimtab_trainer.endings import Fault
 
 Loss = Literal["all", "assistant", "lastTurn", "lastRound"]
@@ -101,8 +101,7 @@ class _Conversation:
     def __init__(self, row: Row, render: Render):
         self.said = row["messages"]
         self._shown = [{key: value for key, value in each.items() if key not in LEARNING} for each in self.said]
-        if row.get(IMAGES):
-            names = iter(row[IMAGES])
+        if names := names_of(row):
             self._shown = [{**each, "content": parts_of(each["content"], names)} for each in self._shown]
         self._render = render
         self._options = {"tools": row.get("tools"), **row.get("chat_template_kwargs", {})}

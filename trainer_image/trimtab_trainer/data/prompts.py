@@ -17,7 +17,7 @@ from trimtab_trainer.data.collecting import Needs
 from trimtab_trainer.data.masks import Render, render_prompt, render_row
 from trimtab_trainer.data.media import see_prompt_alone
 from trimtab_trainer.data.reading import broken
-from trimtab_trainer.data.rows import IMAGES, Row
+from trimtab_trainer.data.rows import KINDS, Kind, Row, shows
 from trimtab_trainer.data.sequences import Count, Truncation
 from trimtab_trainer.endings import Fault
 
@@ -25,15 +25,16 @@ PROMPT, ANSWER, ROW = "prompt", "answer", "row"
 """Columns of a record: token ids of the prompt and of the row's own answer, and the rest as UTF-8 bytes of JSON."""
 _CONVERSATION = {
     *("messages", "conversations", "conversation", "tools", "history", "system", "chat_template_kwargs"),
-    *("images", "image"),
+    *KINDS,
+    *(f"{kind}s" for kind in KINDS),
 }
 """Columns that make the conversation; a reward gets it as such."""
 
 
-def needed(*columns: str, answer: bool = False, images: bool = False) -> Needs:
+def needed(*columns: str, answer: bool = False, shown: tuple[Kind, ...] = ()) -> Needs:
     """Rows with a prompt and these further columns; `answer`: also with an answer to it.
 
-    `images`: the prompt may show some.
+    `shown`: what the prompt may show.
     """
 
     def complete(raw: Mapping[str, Any], standard: Row, where: str, row: int) -> Row:
@@ -55,7 +56,7 @@ def needed(*columns: str, answer: bool = False, images: bool = False) -> Needs:
             "columns": json.loads(json.dumps(known, default=str)),
         }
 
-    return Needs(answer=answer, text_allowed=False, images=images, complete=complete)
+    return Needs(answer=answer, text_allowed=False, shown=shown, complete=complete)
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Prompts:
     def _fit(self, prompt: list[int], row: Row) -> list[int] | None:
         if len(prompt) <= self._limit:
             return prompt
-        if self._truncation != "left" or row.get(IMAGES):
+        if self._truncation != "left" or shows(row):
             return None
         self._count.cut += 1
         return prompt[-self._limit :]

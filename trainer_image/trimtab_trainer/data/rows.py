@@ -1,13 +1,15 @@
 """What a sound row is: five formats, told by their columns, made into two standard forms.
 
 A standard row is {"text": ...} or {"messages": [...], "tools"?: [...], "chat_template_kwargs"?: {...}}: nothing after
-this room knows of formats. A message of the assistant may hold "loss" and "weight": what is learnt of it.
+this room knows of formats. A message of the assistant may hold "loss" and "weight": what is learnt of it. What messages
+show stands beside them, in the columns images, videos and audios.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from trimtab_trainer.data import conversations
 from trimtab_trainer.data.conversations import Message, Place, parsed
@@ -34,10 +36,14 @@ RESPONSE = (
     "content",
 )
 """Names under which a column is found, the first that is there."""
+Kind = Literal["image", "video", "audio"]
+"""What a message may show beside text."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
 IMAGES = "images"
-"""Column of a standard row with the whole names of the images that its messages show."""
-IMAGE_TAG = "<image>"
-"""Where a message's text shows an image."""
+COLUMNS: dict[Kind, str] = {"image": IMAGES, "video": "videos", "audio": "audios"}
+"""Columns of a standard row with the whole names of what its messages show."""
+TAGS: dict[Kind, str] = {kind: f"<{kind}>" for kind in KINDS}
+"""Where a message's text shows it."""
 _ALPACA = ("instruction", "output")
 _OURS = {"messages", "tools", "documents", "add_generation_prompt"}
 """What a template is always given; a row cannot replace it."""
@@ -176,12 +182,32 @@ def string(raw: Mapping[str, Any], column: str, where: str, row: int) -> str:
     return value
 
 
-def parts_of(text: str, names: Iterator[str]) -> list[dict[str, str]]:
-    """A message's text as the parts that templates of models with vision take; `names` of images that come next."""
+def shown(row: Mapping[str, Any]) -> Iterator[tuple[Kind, str]]:
+    """What a standard row shows: kind and whole name."""
+    return ((kind, name) for kind, column in COLUMNS.items() for name in row.get(column, []))
+
+
+def shows(row: Mapping[str, Any]) -> bool:
+    """Whether a standard row shows anything."""
+    return any(row.get(column) for column in COLUMNS.values())
+
+
+def names_of(row: Mapping[str, Any]) -> dict[Kind, Iterator[str]]:
+    """The names of what a standard row shows, of each kind that it shows."""
+    return {kind: iter(row[column]) for kind, column in COLUMNS.items() if row.get(column)}
+
+
+def parts_of(text: str, names: Mapping[Kind, Iterator[str]]) -> list[dict[str, str]]:
+    """A message's text as the parts that templates of models with senses take; `names` of what comes next.
+
+    A tag of a kind that is not among them is text.
+    """
+    kinds = {TAGS[kind]: kind for kind in names}
     parts: list[dict[str, str]] = []
-    for number, piece in enumerate(text.split(IMAGE_TAG)):
-        if number:
-            parts.append({"type": "image", "image": next(names, "")})
-        if piece:
+    for piece in re.split("(" + "|".join(map(re.escape, kinds)) + ")", text):
+        if piece in kinds:
+            kind = kinds[piece]
+            parts.append({"type": kind, kind: next(names[kind], "")})
+        elif piece:
             parts.append({"type": "text", "text": piece})
     return parts

@@ -1,21 +1,23 @@
-"""Rows that show images as records: an image stands in the token ids themselves, once for each token that it becomes.
+"""Rows that show something as records: it stands in the token ids themselves, once for each token that it becomes.
 
-Where a model has a placeholder, a record has -1 - n, n being the image's place in Media.paths. So lengths, labels and
-masks are right from the beginning, and whatever is made of token ids (pairs, prompts, batches) says what it shows. A
-batch opens the images and puts their tokens there; see methods.vision.
+Where a model has a placeholder, a record has -1 - n, n being the place in Media.shown. So lengths, labels and masks are
+right from the beginning, and whatever is made of token ids (pairs, prompts, batches) says what it shows. A batch opens
+it and puts placeholders there; see methods.vision.
 """
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from trimtab_api.conditions import Reason
 from trimtab_trainer.data.masks import Render
-from trimtab_trainer.data.media import Media
+from trimtab_trainer.data.opened import About, Media
 from trimtab_trainer.data.prompts import PROMPT
-from trimtab_trainer.data.rows import IMAGES, Row
+from trimtab_trainer.data.rows import COLUMNS, KINDS, Kind, Row, shown
 from trimtab_trainer.data.sequences import IGNORED, Count, Encoder
 from trimtab_trainer.endings import Fault
 
@@ -25,36 +27,51 @@ _LABELS = ("labels", "chosen_labels", "rejected_labels")
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """How many tokens the images of a run become."""
+class Standing:
+    """What stands in texts for what the rows of a run show."""
 
     media: Media
-    lengths: Callable[[Sequence[tuple[int, int]]], list[int]]
-    """From heights and widths in pixels to numbers of tokens."""
+    placeholders: Mapping[Kind, str]
+    ids: Mapping[Kind, int]
+    """The placeholders as tokens."""
+    text: Callable[[About], str]
+    """What a placeholder becomes: as many of it as there are tokens, with whatever is written between them."""
 
-    def of(self, names: Sequence[str]) -> list[int]:
-        """By the images' whole names."""
-        return self.lengths([self.media.size(name) for name in names]) if names else []
+    def of(self, kind: Kind, name: str) -> str:
+        """By its whole name."""
+        return self.text(self.media.shown[self.media.index[kind, name]].about)
+
+    def marks(self, kind: Kind, name: str) -> list[int]:
+        """What stands in its place in token ids."""
+        return [-1 - self.media.index[kind, name]] * self.of(kind, name).count(self.placeholders[kind])
 
 
-def spacious(render: Render, placeholder: str, sizes: Sizes) -> Render:
-    """The renderer with as many placeholders for each image as it becomes tokens.
+def spacious(render: Render, standing: Standing) -> Render:
+    """The renderer with the whole text of what is shown in the place of placeholders.
 
-    It raises Fault(DataInvalid) when the template does not write one placeholder for each image.
+    It raises Fault(DataInvalid) when the template does not write one placeholder for each.
     """
+    kinds = {token: kind for kind, token in standing.placeholders.items()}
+    places = re.compile("|".join(map(re.escape, kinds)))
 
     def rendered(messages: list[dict[str, Any]], **options: Any) -> str:
         text = render(messages, **options)
-        names = [part["image"] for each in messages for part in _parts(each) if part["type"] == "image"]
-        first, *others = text.split(placeholder)
-        if len(others) != len(names):
-            problem = f"a conversation shows {len(names)} images and has {len(others)} {placeholder} in its text"
-            raise Fault(Reason.DATA_INVALID, problem, "Leave that token out of texts, or set template.chatTemplate.")
-        return first + "".join(
-            placeholder * length + other for length, other in zip(sizes.of(names), others, strict=True)
-        )
+        parts = [part for each in messages for part in _parts(each)]
+        named = [(kind, part[kind]) for part in parts for kind in KINDS if part["type"] == kind]
+        found = places.findall(text)
+        if [kinds[each] for each in found] != [kind for kind, _ in named]:
+            raise _unequal([kind for kind, _ in named], found)
+        told = iter(named)
+        return places.sub(lambda _: standing.of(*next(told)), text)
 
     return rendered
+
+
+def _unequal(wanted: list[Kind], found: list[str]) -> Fault:
+    shows = ", ".join(f"{wanted.count(kind)} {COLUMNS[kind]}" for kind in KINDS if kind in wanted) or "nothing"
+    has = ", ".join(f"{found.count(token)} {token}" for token in dict.fromkeys(found)) or "no placeholder"
+    problem = f"a conversation shows {shows} and has {has} in its text"
+    return Fault(Reason.DATA_INVALID, problem, "Leave such tokens out of texts, or set template.chatTemplate.")
 
 
 def _parts(message: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -63,25 +80,22 @@ def _parts(message: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 class Seen:
-    """An encoder whose rows may show images; see sequences.Encoder. Its renderer is a spacious one."""
+    """An encoder whose rows may show something; see sequences.Encoder. Its renderer is a spacious one."""
 
-    def __init__(self, encoder: Encoder, placeholder_id: int, sizes: Sizes, boxes: Callable[[Row], Row] = dict):
+    def __init__(self, encoder: Encoder, standing: Standing, boxes: Callable[[Row], Row] = dict):
         self.columns = encoder.columns
         self._boxes = boxes
         self._encoder = encoder
-        self._placeholder = placeholder_id
-        self._sizes = sizes
+        self._standing = standing
+        self._kinds = {token: kind for kind, token in standing.ids.items()}
         self._unlearnt = 0
 
     def encode(self, rows: list[Row]) -> Iterator[Mapping[str, Sequence[float]]]:
         """See sequences.Encoder."""
         for row in rows:
-            names: list[str] = row.get(IMAGES, [])
-            marks = [
-                -1 - self._sizes.media.index[name]
-                for name, length in zip(names, self._sizes.of(names), strict=True)
-                for _ in range(length)
-            ]
+            marks: dict[Kind, list[int]] = defaultdict(list)
+            for kind, name in shown(row):
+                marks[kind] += self._standing.marks(kind, name)
             for record in self._encoder.encode([self._boxes(row)]):
                 yield {name: self._marked(name, values, marks) for name, values in record.items()}
 
@@ -91,17 +105,18 @@ class Seen:
         count.learnt -= self._unlearnt
         return count
 
-    def _marked(self, column: str, values: Sequence[float], marks: list[int]) -> Sequence[float]:
-        """Images in the place of placeholders; each sequence of a record shows all of its row's images anew."""
+    def _marked(self, column: str, values: Sequence[float], marks: Mapping[Kind, list[int]]) -> Sequence[float]:
+        """Marks in the place of placeholders; each sequence of a record shows all that its row shows anew."""
         if column in _LABELS:
-            kept = [IGNORED if value == self._placeholder else value for value in values]
-            self._unlearnt += sum(value == self._placeholder for value in values)
+            kept = [IGNORED if value in self._kinds else value for value in values]
+            self._unlearnt += sum(value in self._kinds for value in values)
             return kept
         if column not in _IDS or not marks:
             return values
-        marked, place = list(values), 0
+        marked, places = list(values), dict.fromkeys(KINDS, 0)
         for position, value in enumerate(values):
-            if value == self._placeholder:
-                marked[position] = marks[place % len(marks)]
-                place += 1
+            kind = self._kinds.get(int(value))
+            if kind is not None and marks.get(kind):
+                marked[position] = marks[kind][places[kind] % len(marks[kind])]
+                places[kind] += 1
         return marked

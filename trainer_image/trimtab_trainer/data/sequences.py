@@ -14,7 +14,7 @@ from trimtab_api.contract import RunConfig
 from trimtab_trainer.data.collecting import rows_of
 from trimtab_trainer.data.masks import Learning, Loss, Part, Render, render_parts, weights
 from trimtab_trainer.data.reading import Spoiled, strictly
-from trimtab_trainer.data.rows import IMAGES, Row
+from trimtab_trainer.data.rows import Row, shows
 from trimtab_trainer.endings import Fault
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class Shaping:
 
     def of_row(self, row: Row) -> Shaping:
         """For one row: what shows images is kept whole or deleted; cut, it would show half an image."""
-        return replace(self, truncation="delete") if row.get(IMAGES) else self
+        return replace(self, truncation="delete") if shows(row) else self
 
     @property
     def learning(self) -> Learning:

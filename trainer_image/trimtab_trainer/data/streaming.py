@@ -189,6 +189,9 @@ def beginning(
     held = None
     if validation:
         held = Lines.write(into / "validation.jsonl", sampled(validation, dataset.seed, needs, into, spoiled), digest)
+        if held.shown:
+            problem = f"validation rows show {', '.join(sorted(held.shown))}, and the rows to learn from are streamed"
+            raise Fault(Reason.DATA_INVALID, problem, "Leave dataset.streaming out.")
     return Collected(
         train=lines.path,
         validation=None if held is None else held.path,

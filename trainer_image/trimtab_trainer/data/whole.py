@@ -10,7 +10,7 @@ from typing import Any
 from trimtab_api.conditions import Reason
 from trimtab_api.contract import RunConfig
 from trimtab_trainer.data.masks import Render, render_row
-from trimtab_trainer.data.rows import IMAGES, Row
+from trimtab_trainer.data.rows import Row, shows
 from trimtab_trainer.data.sequences import Count, Truncation
 from trimtab_trainer.endings import Fault
 
@@ -62,7 +62,7 @@ class Tokeniser:
         self.count.rows += 1
         if all(len(ids) <= self.max_length for ids in sequences):
             fitting = sequences
-        elif self.truncation == "delete" or row.get(IMAGES):
+        elif self.truncation == "delete" or shows(row):
             self.count.deleted += 1
             return None
         else:

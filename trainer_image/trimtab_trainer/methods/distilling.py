@@ -19,7 +19,7 @@ from trimtab_trainer.methods.gkd import knobs
 from trimtab_trainer.methods.parts import Parts
 from trimtab_trainer.methods.vision import sight, unsayable
 from trimtab_trainer.model import loading
-from trimtab_trainer.model.vision import see_sight
+from trimtab_trainer.model.vision import see_senses
 from trimtab_trainer.rollout import divergence
 from trimtab_trainer.rollout.beside import asking
 from trimtab_trainer.rollout.engine import Sampling, pad_left, pad_right
@@ -128,7 +128,8 @@ def distilling(parts: Parts) -> DistillingTrainer:
     teacher = loading.load(parts.further[inputs.GKD_TEACHER], inputs.GKD_TEACHER, dtype, **how)
     loading.see_vocabulary(teacher, parts.tokenizer, inputs.GKD_TEACHER)
     if parts.media is not None:
-        see_sight(parts.further[inputs.GKD_TEACHER], inputs.GKD_TEACHER)
+        named = parts.further[inputs.GKD_TEACHER]
+        see_senses(named.path, parts.media.kinds, f"{inputs.GKD_TEACHER} {named.reference}: ")
     return DistillingTrainer(
         asked=asked,
         teacher=teacher.eval().requires_grad_(False),

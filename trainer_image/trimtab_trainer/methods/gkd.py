@@ -9,6 +9,7 @@ from trimtab_api.v1alpha1.rollout import Gkd
 from trimtab_trainer.data import prompts
 from trimtab_trainer.data.collecting import Needs
 from trimtab_trainer.data.masks import Render
+from trimtab_trainer.data.rows import KINDS
 from trimtab_trainer.data.sequences import Encoder
 from trimtab_trainer.methods.parts import Parts
 
@@ -18,7 +19,8 @@ class Distilled:
 
     def needs(self, config: RunConfig) -> Needs:
         """Conversations that end with an answer; prompts will do when the student always answers itself."""
-        return prompts.needed(answer=knobs(config).lmbda < 1, images=not config.spec.asks_vllm)
+        shown = () if config.spec.asks_vllm else KINDS
+        return prompts.needed(answer=knobs(config).lmbda < 1, shown=shown)
 
     def encoder(self, config: RunConfig, tokenizer: Any, render: Render | None) -> Encoder:
         """Prompts, and the rows' last answers."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab_api.contract import RunConfig
-from trimtab_trainer.data.media import Media
+from trimtab_trainer.data.opened import Media
 from trimtab_trainer.data.streaming import Stream
 from trimtab_trainer.distributed import Group
 from trimtab_trainer.inputs import LocalModel
@@ -40,8 +40,8 @@ class Parts:
     stream: Stream | None = None
     """Records of this process that are read while the training runs; train holds the first of them then."""
     processor: Any = None
-    """Of a model with vision; None for one that reads alone."""
+    """Of a model with senses; None for one that reads alone."""
     media: Media | None = None
-    """The images that rows show; None when none does."""
+    """What rows show; None when none shows anything."""
     further: dict[str, LocalModel] = field(default_factory=dict)
     """The models beside the tuned one (references, teachers, rewards), by field; they lie in this pod."""

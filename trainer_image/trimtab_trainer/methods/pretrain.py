@@ -7,6 +7,7 @@ from typing import Any
 from trimtab_api.contract import RunConfig
 from trimtab_trainer.data.collecting import Needs
 from trimtab_trainer.data.masks import Render
+from trimtab_trainer.data.rows import KINDS
 from trimtab_trainer.data.sequences import Encoder, Language, Shaping
 from trimtab_trainer.methods.parts import Parts
 
@@ -16,7 +17,7 @@ class Pretrain:
 
     def needs(self, _config: RunConfig) -> Needs:
         """Anything that has text."""
-        return Needs(answer=False, text_allowed=True, images=True, boxes=True)
+        return Needs(answer=False, text_allowed=True, shown=KINDS, boxes=True)
 
     def encoder(self, config: RunConfig, tokenizer: Any, render: Render | None) -> Encoder:
         """Long documents are split, not lost."""

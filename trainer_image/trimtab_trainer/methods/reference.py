@@ -11,7 +11,7 @@ from trimtab_trainer.arguments import weight_dtype
 from trimtab_trainer.methods.observed import Observed
 from trimtab_trainer.methods.parts import Parts
 from trimtab_trainer.model import loading
-from trimtab_trainer.model.vision import see_sight
+from trimtab_trainer.model.vision import see_senses
 from trimtab_trainer.strategies.fsdp import split_layers
 from trimtab_trainer.strategies.zero import without_optimizer
 
@@ -32,7 +32,7 @@ def reference(parts: Parts, field: str | None = None, precomputed: bool = False)
         assert parts.base is not None
         loading.see_same_vocabulary(parts.base.path, named.path, field, named.reference)
         if parts.media is not None:
-            see_sight(named, field)
+            see_senses(named.path, parts.media.kinds, f"{field} {named.reference}: ")
         return loading.load(named, field, weight_dtype(parts.config), **how)
     if precomputed or parts.config.resolved.tuner_type == "lora":
         return None

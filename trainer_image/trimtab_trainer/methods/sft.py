@@ -7,6 +7,7 @@ from typing import Any
 from trimtab_api.contract import RunConfig
 from trimtab_trainer.data.collecting import Needs
 from trimtab_trainer.data.masks import Render
+from trimtab_trainer.data.rows import KINDS
 from trimtab_trainer.data.sequences import Encoder, Language, Shaping
 from trimtab_trainer.methods.parts import Parts
 
@@ -16,7 +17,7 @@ class Sft:
 
     def needs(self, config: RunConfig) -> Needs:
         """Conversations that end with an answer; plain text only when every token is learnt."""
-        return Needs(answer=True, text_allowed=config.resolved.loss == "all", images=True, boxes=True)
+        return Needs(answer=True, text_allowed=config.resolved.loss == "all", shown=KINDS, boxes=True)
 
     def encoder(self, config: RunConfig, tokenizer: Any, render: Render | None) -> Encoder:
         """Conversations stay whole unless the spec cuts them."""

@@ -1,43 +1,42 @@
-"""Batches that show images: what stands for an image in the token ids becomes its tokens, and its pixels are added.
+"""Batches that show something: what stands for it in the token ids becomes placeholders, and its tensors are added.
 
 Every method's batches come through here: those of collators, and those of rollouts before the model is asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from trimtab_api.conditions import Reason
-from trimtab_trainer.data.media import Media
+from trimtab_trainer.data.opened import Media
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.methods.parts import Parts
-from trimtab_trainer.model import vision
+from trimtab_trainer.model.senses import Senses
 
 Batch = dict[str, Any]
 Sight = Callable[[Mapping[str, Any]], Batch]
-"""From a batch whose ids may show images to what a model takes."""
+"""From a batch whose ids may show something to what a model takes."""
 
 _IDS = "input_ids"
-_TEXT = (_IDS, "attention_mask", "token_type_ids", "mm_token_type_ids")
 TYPES = "mm_token_type_ids"
-"""Which tokens are of an image: models that place images in two dimensions ask for it."""
+"""Which tokens are of an image or a video: models that place those in two or three dimensions ask for it."""
 
 
 def sight(parts: Parts) -> Sight:
-    """How the batches of a run are looked at; nothing is done where its rows show no images."""
+    """How the batches of a run are looked at; nothing is done where its rows show nothing."""
     return dict if parts.media is None else Looking(parts.processor, parts.media)
 
 
 def unsayable(parts: Parts) -> list[int]:
-    """Tokens that a model may read and must not say, because an image or a video stands behind each."""
-    return [] if parts.media is None else vision.placeholders(parts.processor)
+    """Tokens that a model may read and must not say, because an image, a video or a sound stands behind each."""
+    return [] if parts.media is None else list(Senses(parts.processor).ids.values())
 
 
 class SeeingCollator:
-    """A collator whose rows may show images."""
+    """A collator whose rows may show something."""
 
     def __init__(self, collate: Callable[[Any], Batch], look: Sight):
         self._collate = collate
@@ -49,64 +48,51 @@ class SeeingCollator:
 
 
 class Looking:
-    """Opens the images that a batch shows."""
+    """Opens what a batch shows."""
 
     def __init__(self, processor: Any, media: Media):
-        self._processor = processor
+        self._senses = Senses(processor)
         self._media = media
 
     def __call__(self, batch: Mapping[str, Any]) -> Batch:
-        """The batch with the images' tokens, and with the images as the processor prepares them, in their order.
+        """The batch with placeholders, and with what is shown as the processor prepares it, in its order.
 
-        Further ids (KL_input_ids) show what input_ids show; they get tokens alone.
+        Further ids (KL_input_ids) show what input_ids show; they get placeholders alone.
         """
         found = dict(batch)
         for name in [name for name in batch if name.endswith(_IDS)]:
-            ids, shown = self._opened(batch[name])
+            ids, shown = self._opened(batch[name], tensors=name == _IDS)
             found[name] = ids
-            if TYPES in self._processor.model_input_names:
-                types = torch.tensor(self._processor.create_mm_token_type_ids(ids.tolist()), device=ids.device)
-                found[name.removesuffix(_IDS) + TYPES] = types
-            if name == _IDS:
-                for key in shown[0] if shown else ():
-                    found[key] = torch.cat([each[key] for each in shown]).to(ids.device)
+            types = self._senses.types(ids.tolist())
+            if types is not None:
+                found[name.removesuffix(_IDS) + TYPES] = torch.tensor(types, device=ids.device)
+            for key, values in shown.items():
+                found[key] = torch.cat(values).to(ids.device)
         return found
 
-    def _opened(self, marked: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
-        """Ids [rows, tokens] without marks, and what was prepared of their images, in reading order."""
-        ids, known, shown = marked.clone(), dict[int, tuple[list[int], dict[str, torch.Tensor]]](), []
-        for row, start, number in self._images(marked, known):
-            tokens, prepared = known[number]
-            ids[row, start : start + len(tokens)] = torch.tensor(tokens, device=ids.device)
-            shown.append(prepared)
+    def _opened(self, marked: torch.Tensor, tensors: bool) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
+        """Ids [rows, tokens] without marks and, with `tensors`, what is prepared of each showing in reading order."""
+        ids, marks = marked.clone(), marked.cpu()
+        for mark in marks[marks < 0].unique().tolist():
+            ids[marked == mark] = self._senses.ids[self._media.shown[-1 - mark].kind]
+        shown: dict[str, list[torch.Tensor]] = {}
+        known: dict[int, tuple[int, dict[str, torch.Tensor]]] = {}
+        for row in marks if tensors else ():
+            remaining: dict[int, int] = {}
+            for mark in row[row < 0].tolist():
+                number = -1 - mark
+                if not remaining.get(number):
+                    known[number] = known.get(number) or self._senses.prepared(self._media.shown[number])
+                    remaining[number] = known[number][0]
+                    for key, value in known[number][1].items():
+                        shown.setdefault(key, []).append(value)
+                remaining[number] -= 1
+            self._see_whole(remaining)
         return ids, shown
 
-    def _images(self, marked: torch.Tensor, known: dict[int, Any]) -> Iterator[tuple[int, int, int]]:
-        """Row, first token and number of each image; what is prepared of it is then in `known`."""
-        marks = marked.cpu()
-        places = (marks < 0).nonzero().tolist()
-        next_place = 0
-        while next_place < len(places):
-            row, start = places[next_place]
-            number = -1 - int(marks[row, start])
-            if number not in known:
-                known[number] = self._prepare(number)
-            length = len(known[number][0])
-            if not bool((marks[row, start : start + length] == -1 - number).all()):
-                name = self._media.paths[number].name
-                problem = f"image {name} becomes {length} tokens, and the processor said another number"
-                raise Fault(Reason.MODEL_INVALID, problem, "Name a model of the Qwen-VL kind.")
-            yield row, start, number
-            next_place += length
-
-    def _prepare(self, number: int) -> tuple[list[int], dict[str, torch.Tensor]]:
-        from PIL import Image
-
-        with Image.open(self._media.paths[number]) as image:
-            made: Any = self._processor(
-                text=[self._processor.image_token],
-                images=[image.convert("RGB")],
-                add_special_tokens=False,
-                return_tensors="pt",
-            )
-        return made[_IDS][0].tolist(), {name: value for name, value in made.items() if name not in _TEXT}
+    def _see_whole(self, remaining: Mapping[int, int]) -> None:
+        """Raise Fault(ModelInvalid) when something becomes more tokens than were counted for it."""
+        for number in [number for number, rest in remaining.items() if rest]:
+            medium = self._media.shown[number]
+            problem = f"{medium.kind} {medium.path.name} becomes another number of tokens than the processor said"
+            raise Fault(Reason.MODEL_INVALID, problem, "Name a model of the Qwen-VL kind.")

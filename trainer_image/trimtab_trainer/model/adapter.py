@@ -151,7 +151,7 @@ def is_mixture(config: Any) -> bool:
 def _left_out(model: Any) -> str | None:
     """What all linear layers are meant without: routers of experts, and what makes tokens of images."""
     patterns = [_ROUTERS] if is_mixture(model.config) else []
-    if hasattr(model.config, "vision_config"):
+    if vision.eyes(model):
         patterns.append(vision.blind_pattern(model))
     return "|".join(patterns) or None
 

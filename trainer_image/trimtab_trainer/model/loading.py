@@ -42,9 +42,7 @@ def load(local: LocalModel, field: str, dtype: Any, **how: Any) -> Any:
 
     Raises Fault(ModelInvalid) when it does not open or its weights do not fill its architecture.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    kind = AutoModelForImageTextToText if vision.sees(local.path) else AutoModelForCausalLM
+    kind = _opener(local.path)
     architecture(local.path, field, local.reference)
     try:
         opened: Any = kind.from_pretrained(
@@ -60,6 +58,16 @@ def load(local: LocalModel, field: str, dtype: Any, **how: Any) -> Any:
             Reason.MODEL_INVALID, f"{field} {local.reference}: {len(missing)} weights are missing, first {named}"
         )
     return model
+
+
+def _opener(folder: Path) -> Any:
+    """The class of transformers that opens the model in a folder."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+
+    senses = vision.senses(folder)
+    if "image" in senses:
+        return AutoModelForImageTextToText
+    return AutoModelForMultimodalLM if senses else AutoModelForCausalLM
 
 
 def see_vocabulary(model: Any, tokenizer: Any, field: str) -> None:

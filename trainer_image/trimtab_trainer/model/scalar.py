@@ -190,7 +190,7 @@ def _open(
             "Start from a model without a head, or correct classification.numLabels.",
         )
     kind: Any = AutoModelForSequenceClassification
-    if vision.sees(local.path):
+    if vision.senses(local.path):
         kind = vision.scalar_class(local.path, field)
         if own is None and how:
             raise Fault(

@@ -1,21 +1,37 @@
-"""Models that see: their processor, how many tokens an image becomes, and which of their modules are the eyes."""
+"""Models that see or hear: their processor, and which of their modules are the eyes and ears."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from trimtab_api.conditions import Reason
+from trimtab_trainer.data.rows import COLUMNS, KINDS, Kind
 from trimtab_trainer.endings import Fault
-from trimtab_trainer.inputs import LocalModel
+
+_SENSES: dict[str, tuple[Kind, ...]] = {"vision_config": ("image", "video"), "audio_config": ("audio",)}
+"""What a model takes, by the part of its configuration that says so."""
+_NAMES: dict[Kind, str] = {"image": "vision", "video": "vision", "audio": "hearing"}
 
 
-def sees(folder: Path) -> bool:
-    """Whether the model in a folder takes images."""
-    return "vision_config" in _described(folder)
+def senses(folder: Path) -> set[Kind]:
+    """What the model in a folder takes beside text; none of it for one that reads alone."""
+    described = _described(folder)
+    return {kind for part, kinds in _SENSES.items() if part in described for kind in kinds}
+
+
+def see_senses(folder: Path | None, kinds: Iterable[Kind], field: str = "") -> None:
+    """Raise Fault(ModelInvalid) when rows show what the model in a folder does not take.
+
+    `field`: who that is, when it is not the tuned model.
+    """
+    known = set[Kind]() if folder is None else senses(folder)
+    for kind in sorted(set(kinds) - known):
+        problem = f"{field}the rows show {COLUMNS[kind]} and the model has no {_NAMES[kind]}"
+        raise Fault(Reason.MODEL_INVALID, problem, f"Name a model that takes them, or leave {COLUMNS[kind]} out.")
 
 
 def model_type(folder: Path) -> str:
@@ -29,17 +45,10 @@ def _described(folder: Path) -> dict[str, Any]:
     return found
 
 
-def see_sight(local: LocalModel, field: str) -> None:
-    """Raise Fault(ModelInvalid) when a model beside the tuned one takes no images, and the rows show some."""
-    if not sees(local.path):
-        problem = f"{field} {local.reference}: the rows show images and the model has no vision"
-        raise Fault(Reason.MODEL_INVALID, problem, "Name a model that sees.")
-
-
 def load_processor(folder: Path, tokenizer: Any, field: str) -> Any:
-    """The processor of a model with vision, around the tokenizer that the run uses.
+    """The processor of a model with senses, around the tokenizer that the run uses.
 
-    Raises Fault(ModelInvalid) when it does not open or has no placeholder for an image.
+    Raises Fault(ModelInvalid) when it does not open or has a placeholder for nothing.
     """
     from transformers import AutoProcessor
 
@@ -48,9 +57,9 @@ def load_processor(folder: Path, tokenizer: Any, field: str) -> Any:
     except (OSError, ValueError, KeyError, TypeError) as error:
         first = str(error).strip().splitlines()[0]
         hint = "Publish preprocessor_config.json and its kin with the model."
-        raise Fault(Reason.MODEL_INVALID, f"{field}: the image processor does not open: {first}", hint) from error
-    if getattr(processor, "image_token", None) is None or getattr(processor, "image_processor", None) is None:
-        raise Fault(Reason.MODEL_INVALID, f"{field}: the processor knows no placeholder for an image")
+        raise Fault(Reason.MODEL_INVALID, f"{field}: the processor does not open: {first}", hint) from error
+    if not any(getattr(processor, f"{kind}_token", None) for kind in KINDS):
+        raise Fault(Reason.MODEL_INVALID, f"{field}: the processor has no placeholder for an image, a video or a sound")
     processor.tokenizer = tokenizer
     return processor
 
@@ -79,24 +88,6 @@ def scalar_class(folder: Path, field: str) -> Any:
     return type(name, (GenericForSequenceClassification, family), {"config_class": kind})
 
 
-def placeholder(processor: Any) -> int:
-    """The token that stands for an image until it is prepared."""
-    token: Any = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-    return int(token)
-
-
-def placeholders(processor: Any) -> list[int]:
-    """The tokens that stand for images and videos."""
-    known = [getattr(processor, name, None) for name in ("image_token", "video_token")]
-    return [int(processor.tokenizer.convert_tokens_to_ids(token)) for token in known if token is not None]
-
-
-def lengths(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[int]:
-    """Tokens that images of these heights and widths become."""
-    found: Any = processor._get_num_multimodal_tokens(image_sizes=[list(size) for size in sizes])
-    return [int(each) for each in found["num_image_tokens"]]
-
-
 def resized(processor: Any, size: tuple[int, int]) -> tuple[int, int]:
     """Height and width that a model of the Qwen-VL kind sees of an image of this height and width."""
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
@@ -108,17 +99,18 @@ def resized(processor: Any, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def eyes(model: Any) -> list[str]:
-    """Names of the modules that make tokens of images: vision towers with their projections into the language model.
+    """Names of the modules that make tokens of images and sound: towers with their projections into the language model.
 
     They are found by the configuration that they were built from and, for projections that have none, by where they
     stand: beside the tower and the language model, within the module that holds both.
     """
-    vision, text = model.config.vision_config, model.config.get_text_config()
+    text = model.config.get_text_config()
+    built_from = [found for part in _SENSES if (found := getattr(model.config, part, None)) is not None]
     towers: list[str] = []
     languages: list[str] = []
     for name, module in model.named_modules():
         config = getattr(module, "config", None)
-        if config is vision and not any(name.startswith(f"{tower}.") for tower in towers):
+        if any(config is each for each in built_from) and not any(name.startswith(f"{tower}.") for tower in towers):
             towers.append(name)
         if config is text and not any(name.startswith(f"{language}.") for language in languages):
             languages.append(name)
@@ -138,6 +130,6 @@ def blind_pattern(model: Any) -> str:
 
 
 def close_eyes(model: Any) -> None:
-    """Leave what makes tokens of images as it is."""
+    """Leave what makes tokens of images and sound as it is."""
     for name in eyes(model):
         model.get_submodule(name).requires_grad_(False)

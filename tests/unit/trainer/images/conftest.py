@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from tests.unit.trainer.conftest import conversation, lines, run_config, training
-from trimtab_api.contract import Ending, ModelInput, ProgressReport, RunConfig
+from trimtab_api.contract import DataInput, Ending, ModelInput, ProgressReport, RunConfig
 from trimtab_api.v1alpha1.finetunejob import FineTuneJobSpec
 from trimtab_trainer.distributed import Group, Place
 from trimtab_trainer.model import tokenizer
@@ -32,6 +33,7 @@ TEMPLATE = (
     "{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\\n' }}"
     "{%- if message['content'] is string %}{{- message['content'] }}{%- else %}{%- for part in message['content'] %}"
     "{%- if part['type'] == 'image' %}{{- '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{%- elif part['type'] == 'video' %}{{- '<|vision_start|><|video_pad|><|vision_end|>' }}"
     "{%- else %}{{- part['text'] }}{%- endif %}{%- endfor %}{%- endif %}{{- '<|im_end|>\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
@@ -167,16 +169,17 @@ class Done:
 
 def run_here(
     method: str,
-    rows: Rows,
+    rows: Rows | Path,
     output: Path,
     base: Path,
     held_out: Sequence[dict[str, Any]] = (),
     further: dict[str, Path] | None = None,
     **fields: Any,
 ) -> Done:
-    """A job in this process, on inline rows."""
+    """A job in this process, on inline rows or a file of rows."""
+    written = {"volume": {"claimName": "c", "path": "r"}} if isinstance(rows, Path) else {"inline": lines(rows)}
     asked = {
-        "train": [{"from": {"inline": lines(rows)}}],
+        "train": [{"from": written}],
         "validation": [{"from": {"inline": lines(list(held_out))}}] if held_out else [],
         "maxLength": 64,
         **fields.pop("dataset", {}),
@@ -188,7 +191,10 @@ def run_here(
         ModelInput(field=field, reference=f"fineTuneJob/{folder.parent.name}", path=str(folder))
         for field, folder in (further or {}).items()
     ]
-    return run_config_here(run_config(wanted, output, name=output.name, model=base, further=beside))
+    files = None
+    if isinstance(rows, Path):
+        files = [DataInput(field="dataset.train[0]", part=wanted.dataset.train[0], path=str(rows))]
+    return run_config_here(run_config(wanted, output, name=output.name, model=base, further=beside, train=files))
 
 
 def run_config_here(config: RunConfig) -> Done:
@@ -198,6 +204,22 @@ def run_config_here(config: RunConfig) -> Done:
     assert config.output.path is not None
     output, group = Path(config.output.path), Group(Place(0, 0, 1, 1), 1, 60)
     return Done(Run(config, group, output.with_name(output.name + "-work"), Notice(), Quiet())(), output)
+
+
+def see_eyes_alone(base: Path, folder: Path) -> None:
+    """The artifact has its processor, and what makes tokens of images is what it was."""
+    assert (folder / "preprocessor_config.json").is_file() or (folder / "processor_config.json").is_file()
+    if (folder / "adapter_model.safetensors").is_file():
+        names = load_file(folder / "adapter_model.safetensors")
+        assert all("language_model" in name or "score" in name for name in names), sorted(names)
+        return
+    before, after = (
+        {name.removeprefix("model."): weight for name, weight in load_file(each / "model.safetensors").items()}
+        for each in (base, folder)
+    )
+    eyes = [name for name in before if name.startswith("visual.")]
+    assert eyes
+    assert all(torch.equal(before[name], after[name]) for name in eyes)
 
 
 Tune = Callable[..., Done]

@@ -14,9 +14,11 @@ from trimtab_api.conditions import Reason
 from trimtab_trainer.data.boxes import Boxes
 from trimtab_trainer.data.collecting import PartReader
 from trimtab_trainer.data.media import Root
+from trimtab_trainer.data.opened import Picture
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.methods import METHODS
 from trimtab_trainer.model import vision
+from trimtab_trainer.model.senses import Senses
 
 ASKED = conversation("<image>where is the <ref-object>?", "Here: <bbox>.")
 SHEEP = {"ref": ["sheep"], "bbox": [[90.9, 160.8, 135, 212.8]]}
@@ -110,4 +112,4 @@ def test_what_a_model_sees_of_an_image(seeing: Path) -> None:
 
     processor = vision.load_processor(seeing, tokenizer.load(seeing, "model.from"), "model.from")
     height, width = vision.resized(processor, (100, 400))
-    assert [height // 28 * (width // 28)] == vision.lengths(processor, [(100, 400)])
+    assert height // 28 * (width // 28) == Senses(processor).text(Picture(100, 400)).count("<|image_pad|>")

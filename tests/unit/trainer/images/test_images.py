@@ -20,12 +20,14 @@ from trimtab_api.conditions import Reason
 from trimtab_api.contract import DataInput, Exit
 from trimtab_trainer import preflight
 from trimtab_trainer.data.collecting import PartReader
-from trimtab_trainer.data.media import Root, attached, gather, tagged
-from trimtab_trainer.data.seen import Seen, Sizes, spacious
+from trimtab_trainer.data.media import Root, attached, tagged
+from trimtab_trainer.data.opened import Media, Named, Picture, gather
+from trimtab_trainer.data.seen import Seen, Standing, spacious
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.inputs import SMALL_MODEL_FILES
 from trimtab_trainer.methods import METHODS
 from trimtab_trainer.model import tokenizer, vision
+from trimtab_trainer.model.senses import Senses
 from trimtab_trainer.template import ChatTemplate
 
 ROWS = {"train": [{"from": {"volume": {"claimName": "c", "path": "rows.jsonl"}}}], "maxLength": 64}
@@ -35,6 +37,15 @@ def config(seeing: Path, pictures: Path, output: Path, **fields: Any) -> Any:
     wanted = spec("sft", dataset=ROWS, **fields)
     rows = DataInput(field="dataset.train[0]", part=wanted.dataset.train[0], path=str(pictures / "rows.jsonl"))
     return run_config(wanted, output, model=seeing, train=[rows])
+
+
+def gathered(names: list[str], into: Path) -> Media:
+    """These images, brought into this pod."""
+    return gather([Named("image", name, "training row 1") for name in names], [], into)
+
+
+def standing_of(media: Media, senses: Senses) -> Standing:
+    return Standing(media, senses.placeholders, senses.ids, senses.text)
 
 
 def answers(folder: Path, adapter: Path | None = None) -> dict[str, str]:
@@ -104,7 +115,10 @@ def test_names_of_images_begin_where_the_rows_lie(tmp_path: Path) -> None:
     root = Root(path=tmp_path)
     row = conversation("<image><image>which is larger?", "The first.")
     raw = {**row, "images": ["a.png", "b/c.png"]}
-    assert attached(raw, row, root, "rows", 1)["images"] == [str(tmp_path / "a.png"), str(tmp_path / "b/c.png")]
+    assert attached("image", raw, row, root, "rows", 1)["images"] == [
+        str(tmp_path / "a.png"),
+        str(tmp_path / "b/c.png"),
+    ]
 
 
 def test_parts_become_tags() -> None:
@@ -159,7 +173,8 @@ ANSWERED = {**conversation("what is red?", "<image>"), "images": ["a.png"]}
         ("grpo", {**SHOWN, "solution": "red"}, {"grpo": JUDGED}, "'images' is given, and this job does not look"),
         ("ppo", SHOWN, {"ppo": {"rewardModel": {"from": {"fineTuneJob": {"name": "j"}}}}}, "'images' is given"),
         ("embedding", {"anchor": "a", "positive": "b", "image": "a.png"}, {}, "'image' is given"),
-        ("sft", {**conversation("what happens?", "It sinks."), "videos": ["a.mp4"]}, {}, "'videos' is given"),
+        ("embedding", {"anchor": "a", "positive": "b", "videos": ["a.mp4"]}, {}, "'videos' is given"),
+        ("sft", {**conversation("what happens?", "It sinks."), "videos": ["a.mp4"]}, {}, "'videos' names 1"),
         ("rewardModel", {**SHOWN, "rejected_response": "blue", "images": []}, {}, None),
     ],
 )
@@ -181,14 +196,14 @@ def test_an_image_stands_in_the_ids_until_a_batch_shows_it(seeing: Path, tmp_pat
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(painted("red" if name == "a.png" else "blue", 0))
     names = [str(tmp_path / name) for name in ("a.png", "b.png")]
-    found = gather(names, [], tmp_path / "into")
+    found = gathered(names, tmp_path / "into")
     loaded = tokenizer.load(seeing, "model.from")
     processor = vision.load_processor(seeing, loaded, "model.from")
     config = run_config(spec("dpo", dataset={"train": [{"from": {"inline": "{}"}}], "maxLength": 48}), tmp_path / "out")
     template = ChatTemplate.of(loaded.chat_template, None, None, {})
-    sizes = Sizes(found, lambda sizes: vision.lengths(processor, sizes))
-    render = spacious(template.renderer(), processor.image_token, sizes)
-    encoder = Seen(METHODS["dpo"].encoder(config, loaded, render), vision.placeholder(processor), sizes)
+    standing = standing_of(found, Senses(processor))
+    render = spacious(template.renderer(), standing)
+    encoder = Seen(METHODS["dpo"].encoder(config, loaded, render), standing)
     said = [{"role": "assistant", "content": "red"}]
     asked = [{"role": "user", "content": "<image><image>the same?"}]
     row = {"messages": [*asked, *said], "rejected": [*asked, *said], "answers_from": 1}
@@ -199,7 +214,7 @@ def test_an_image_stands_in_the_ids_until_a_batch_shows_it(seeing: Path, tmp_pat
         assert [each for each in record[column] if each < 0] == [-1] * 4 + [-2] * 4
     ids = torch.tensor([record["chosen_ids"], record["rejected_ids"]])
     batch = Looking(processor, found)({"input_ids": ids, "KL_input_ids": ids[:1]})
-    assert (batch["input_ids"] == vision.placeholder(processor)).sum() == 16
+    assert (batch["input_ids"] == standing.ids["image"]).sum() == 16
     assert (batch["KL_input_ids"] >= 0).all()
     assert batch["image_grid_thw"].tolist() == [[1, 4, 4]] * 4
     one, other = batch["pixel_values"].view(4, 16, -1).mean(dim=(1, 2))[:2].tolist()
@@ -215,13 +230,14 @@ def test_what_opens_a_processor_is_fetched_with_its_model(seeing: Path, tmp_path
         if any(fnmatch.fnmatch(path.name, pattern) for pattern in SMALL_MODEL_FILES):
             shutil.copy(path, tmp_path)
     found = vision.load_processor(tmp_path, tokenizer.load(tmp_path, "model.from"), "model.from")
-    assert vision.lengths(found, [(56, 56)]) == [4]
+    assert Senses(found).text(Picture(56, 56)) == "<|image_pad|>" * 4
 
 
 def test_a_placeholder_in_a_text_is_told(seeing: Path, tmp_path: Path) -> None:
-    sizes = Sizes(gather([], [], tmp_path / "into"), lambda _: [])
-    render = spacious(lambda *_, **__: "what is <|image_pad|>?", "<|image_pad|>", sizes)
-    with pytest.raises(Fault, match=r"shows 0 images and has 1 <\|image_pad\|> in its text"):
+    processor = vision.load_processor(seeing, tokenizer.load(seeing, "model.from"), "model.from")
+    standing = standing_of(gathered([], tmp_path / "into"), Senses(processor))
+    render = spacious(lambda *_, **__: "what is <|image_pad|>?", standing)
+    with pytest.raises(Fault, match=r"shows nothing and has 1 <\|image_pad\|> in its text"):
         render([{"role": "user", "content": "what is <|image_pad|>?"}])
 
 
@@ -238,7 +254,7 @@ def test_a_placeholder_in_a_text_is_told(seeing: Path, tmp_path: Path) -> None:
 def test_what_a_row_may_not_name(images: list[Any], said: str, tmp_path: Path) -> None:
     row = conversation(QUESTION, "It is red.")
     with pytest.raises(Fault) as caught:
-        attached({**row, "images": images}, row, Root(path=tmp_path), "rows.jsonl", 3)
+        attached("image", {**row, "images": images}, row, Root(path=tmp_path), "rows.jsonl", 3)
     assert caught.value.reason is Reason.DATA_INVALID
     assert "rows.jsonl row 3" in caught.value.message
     assert said in caught.value.message
@@ -249,15 +265,15 @@ def test_images_are_opened_before_the_training(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no image")
     for name in ("torn.png", "text.png"):
         with pytest.raises(Fault) as caught:
-            gather([str(tmp_path / name)], [], tmp_path / "into")
+            gathered([str(tmp_path / name)], tmp_path / "into")
         assert caught.value.reason is Reason.DATA_INVALID
         assert name in caught.value.message
     with pytest.raises(Fault) as caught:
-        gather([str(tmp_path / "gone.png")], [], tmp_path / "into")
+        gathered([str(tmp_path / "gone.png")], tmp_path / "into")
     assert caught.value.reason is Reason.OBJECT_MISSING
     written = "data:image/png;base64," + base64.b64encode(painted("blue", 0)).decode()
-    found = gather([written, written], [], tmp_path / "into")
-    assert (len(found.paths), found.sizes) == (1, [(56, 56)])
+    found = gathered([written, written], tmp_path / "into")
+    assert [each.about for each in found.shown] == [(56, 56)]
 
 
 def test_a_model_without_vision_is_told(start_ranks: StartRanks, tmp_path: Path, seeing: Path) -> None:

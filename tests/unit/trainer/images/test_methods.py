@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests.matrix import proves
 from tests.unit.trainer.conftest import run_config
@@ -24,6 +23,7 @@ from tests.unit.trainer.images.conftest import (
     others,
     painted,
     run_config_here,
+    see_eyes_alone,
     shown,
 )
 from trimtab_trainer import yamlfile
@@ -84,22 +84,6 @@ def share_right(base: Path, folder: Path) -> float:
     asked = [(colour, shade) for colour in COLOURS for shade in UNSEEN]
     right = [colour == max(COLOURS, key=lambda name: likelihood(colour, shade, name)) for colour, shade in asked]
     return sum(right) / len(right)
-
-
-def see_eyes_alone(base: Path, folder: Path) -> None:
-    """The artifact has its processor, and what makes tokens of images is what it was."""
-    assert (folder / "preprocessor_config.json").is_file() or (folder / "processor_config.json").is_file()
-    if (folder / "adapter_model.safetensors").is_file():
-        names = load_file(folder / "adapter_model.safetensors")
-        assert all("language_model" in name or "score" in name for name in names), sorted(names)
-        return
-    before, after = (
-        {name.removeprefix("model."): weight for name, weight in load_file(each / "model.safetensors").items()}
-        for each in (base, folder)
-    )
-    eyes = [name for name in before if name.startswith("visual.")]
-    assert eyes
-    assert all(torch.equal(before[name], after[name]) for name in eyes)
 
 
 def pairs(shades: Iterable[int] = SHADES) -> Rows:
