@@ -232,8 +232,8 @@ class RolloutBase(Model):
     """The trainer's arithmetic."""
     max_model_len: Annotated[int, Field(ge=1)]
     """Tokens of prompt and answer together."""
-    max_lora_rank: Annotated[int, Field(ge=1)]
-    """Rank of the adapter."""
+    max_lora_rank: Annotated[int, Field(ge=0)]
+    """Rank of the adapter; 0 when all weights are handed over."""
 
 
 class RolloutEnd(Model):

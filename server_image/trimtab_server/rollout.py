@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import get_args
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _stay()
     (root / STARTED).touch()
     cpu, leaving = engine.on_cpu(), threading.Event()
-    code = engine.supervise(command(options, base, cpu), engine.environment(os.environ, cpu), leaving.set)
+    code = engine.supervise(command(options, base, cpu), environment(os.environ, base, cpu), leaving.set)
     if leaving.is_set():
         return 0
     _tell(root, code)
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def command(options: argparse.Namespace, base: Base, cpu: bool) -> list[str]:
-    """The command line of vLLM: one adapter at a time, and nothing decided by the model's own settings."""
+    """The command line of vLLM: one adapter at a time or none, and nothing decided by the model's own settings."""
     return [
         *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", base.path),
         *("--host", "127.0.0.1", "--port", str(options.port)),
@@ -75,8 +75,7 @@ def command(options: argparse.Namespace, base: Base, cpu: bool) -> list[str]:
         *("--dtype", base.dtype),
         *("--max-model-len", str(base.max_model_len)),
         *("--tensor-parallel-size", str(options.tensor_parallel_size)),
-        *("--enable-lora", "--max-lora-rank", str(room(base.max_lora_rank))),
-        *("--max-loras", "1", "--max-cpu-loras", "1"),
+        *_lora(base.max_lora_rank),
         # The model's own settings would fill in whatever a request leaves out.
         *("--generation-config", "vllm"),
         # Of the distribution that is drawn from, after temperature and top-p.
@@ -85,6 +84,17 @@ def command(options: argparse.Namespace, base: Base, cpu: bool) -> list[str]:
         # The image has no compiler, and vLLM's compiled mode on CPUs needs one.
         *(("--enforce-eager",) if cpu else ("--gpu-memory-utilization", str(options.gpu_memory_utilization))),
     ]
+
+
+def _lora(rank: int) -> list[str]:
+    if not rank:
+        return []
+    return ["--enable-lora", "--max-lora-rank", str(room(rank)), "--max-loras", "1", "--max-cpu-loras", "1"]
+
+
+def environment(given: Mapping[str, str], base: Base, cpu: bool) -> dict[str, str]:
+    """The environment of vLLM. Only its developers' mode reads weights anew; the trainer alone reaches the port."""
+    return engine.environment(given, cpu) | {"VLLM_SERVER_DEV_MODE": "0" if base.max_lora_rank else "1"}
 
 
 def room(rank: int) -> int:

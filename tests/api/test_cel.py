@@ -227,7 +227,6 @@ REFUSED = (
     # Who draws the answers
     Row("an engine for rows", F, {"rollout": {}}, "spec.rollout", "the others learn from rows"),
     Row("a container that is not", F, {"method": "grpo", "grpo": GRPO, "rollout.resources": {"limits": {"cpu": 1}}}, "spec.rollout.resources", "there is no container but the trainer's"),
-    Row("an engine for all weights", F, {**BESIDE, "tuner.type": "full"}, "spec.tuner.type", "which is given adapters"),
     Row("an engine for directions", F, {**BESIDE, "tuner.lora": {"dora": True}}, "spec.tuner.lora", "takes plain adapters alone"),
     Row("an engine for whole modules", F, {**BESIDE, "tuner.lora": {"modulesToSave": ["head"]}}, "spec.tuner.lora", "takes plain adapters alone"),
     Row("an engine for parameters", F, {**BESIDE, "tuner.lora": {"targetParameters": ["a"]}}, "spec.tuner.lora", "takes plain adapters alone"),
@@ -338,7 +337,7 @@ ACCEPTED = (
     (F, {"method": "rewardModel", "model.quantization": {"method": "bnb4"}, "distributed.strategy": "zero3"}),
     (F, {"method": "kto", "training.perDeviceBatchSize": 2, "tuner.type": "full", "distributed": {"strategy": "zero3", "offload": {"parameters": True}}}),
     (F, {"method": "grpo", "grpo": GRPO, "distributed.strategy": "fsdp2", "model.quantization": {"method": "bnb4"}}), (F, {"method": "ppo", "ppo": PPO, "distributed.strategy": "zero3"}), (F, {"method": "gkd", "gkd": GKD, "distributed.strategy": "deviceMap"}),
-    (F, {**BESIDE, "tuner": {"lora": {"rank": 64, "rsLora": True, "targetModules": ["q_proj"]}}, "rollout.resources": {"limits": {"nvidia.com/gpu": 1}}}), (F, {**BESIDE, "tuner.continueFrom": HUB, "distributed.strategy": "fsdp2"}), (F, {"method": "ppo", "ppo": PPO, "rollout": {}}),
+    (F, {**BESIDE, "tuner": {"lora": {"rank": 64, "rsLora": True, "targetModules": ["q_proj"]}}, "rollout.resources": {"limits": {"nvidia.com/gpu": 1}}}), (F, {**BESIDE, "tuner.continueFrom": HUB, "distributed.strategy": "fsdp2"}), (F, {**BESIDE, "tuner.type": "full"}), (F, {"method": "ppo", "ppo": PPO, "rollout": {}}),
     (F, {"distributed": {"strategy": "zero3", "offload": {"optimizer": True, "parameters": True}}}),
     (F, {"distributed": {"strategy": "fsdp2", "offload": {"parameters": True}}}),
     (F, {"tuner.type": "full", "training.pureBf16": True, "distributed.strategy": "zero2"}),

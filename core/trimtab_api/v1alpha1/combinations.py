@@ -339,11 +339,6 @@ ENGINE = (
         field_path=".rollout.resources",
     ),
     Rule(
-        f"{_ALONE} || !has(self.tuner.type) || self.tuner.type != 'full'",
-        "must be lora with rollout.engine: vllm, which is given adapters; or set rollout.engine: transformers",
-        field_path=".tuner.type",
-    ),
-    Rule(
         f"{_ALONE} || !has(self.tuner.lora) || (!self.tuner.lora.dora && self.tuner.lora.bias == 'none' && "
         "(!has(self.tuner.lora.modulesToSave) || size(self.tuner.lora.modulesToSave) == 0) && "
         "!has(self.tuner.lora.targetParameters))",

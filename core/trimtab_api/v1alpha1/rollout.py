@@ -139,7 +139,7 @@ class Rollout(Model):
     """Who draws the answers that the model learns from."""
 
     engine: Literal["transformers", "vllm"] = "transformers"
-    """transformers: the trained model itself, in the trainer's processes. vllm: an engine beside the trainer, in a container of its own in each of its pods; it is given the adapter whenever that has moved."""
+    """transformers: the trained model itself, in the trainer's processes. vllm: an engine beside the trainer, in a container of its own in each of its pods; it is given the adapter, or under full tuning all weights, whenever they have moved."""
     resources: ResourceAmounts = Field(default_factory=ResourceAmounts)
     """Resources of the engine's container, beside those of the trainer in pod.resources: its own GPUs, for example."""
     tensor_parallel: Annotated[int, Field(ge=1, le=64)] = 1

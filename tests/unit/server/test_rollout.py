@@ -34,6 +34,13 @@ def test_the_command_takes_one_adapter_and_nothing_from_the_model_s_own_settings
     assert told.endswith("--gpu-memory-utilization 0.5")
 
 
+def test_all_weights_are_read_anew_in_the_developers_mode_alone() -> None:
+    whole = BASE.model_copy(update={"max_lora_rank": 0})
+    assert "lora" not in " ".join(rollout.command(rollout.parser().parse_args([]), whole, cpu=True))
+    modes = [rollout.environment({}, base, cpu=True)["VLLM_SERVER_DEV_MODE"] for base in (BASE, whole)]
+    assert modes == ["0", "1"]
+
+
 @pytest.mark.parametrize(("rank", "wanted"), [(1, 8), (8, 8), (9, 16), (300, 320), (512, 512)])
 def test_ranks_are_rounded_up_to_those_that_the_engine_knows(rank: int, wanted: int) -> None:
     assert rollout.room(rank) == wanted

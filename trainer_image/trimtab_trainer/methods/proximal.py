@@ -24,13 +24,12 @@ from trimtab_trainer.rewards import Reward, Said
 from trimtab_trainer.rewards.judged import Judged
 from trimtab_trainer.rollout import advantages
 from trimtab_trainer.rollout.beside import asking
+from trimtab_trainer.rollout.engine import VALUE_HEAD as HEAD
 from trimtab_trainer.rollout.engine import Sampling, pad_left, pad_right
 from trimtab_trainer.rollout.fit import see_room
 from trimtab_trainer.rollout.reference import Reference, Referring, is_adapted, second
 from trimtab_trainer.rollout.rounds import Record, RoundArguments, RoundTrainer, Tensors
 from trimtab_trainer.strategies import beside, gathering
-
-HEAD = "value_head"
 
 
 def add_value_head(model: Any) -> None:

@@ -1,8 +1,7 @@
-"""Answers drawn by vLLM in the trainer's own pod: it is told of the model once, and given the adapter when that moved.
+"""Answers drawn by vLLM in the trainer's own pod: it is told of the model once, and given what moved before a round.
 
-Each version of the adapter has a name and a folder of its own: what the engine keeps of earlier answers belongs to a
-name, and would else be taken for what the new weights would say. A stale or wrong adapter would be silently wrong, so
-the first answers of a round are held against the trainer's own forward pass, in rounds 1, 2, 4, 8 and so on.
+Stale or wrong weights would be silently wrong, so the first answers of a round are held against the trainer's own
+forward pass, in rounds 1, 2, 4, 8 and so on.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import hashlib
 import json
 import logging
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -28,15 +26,12 @@ from trimtab_trainer.distributed import Group, each, once_per_pod
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.methods.parts import Parts
 from trimtab_trainer.methods.vision import Sight
-from trimtab_trainer.model.adapter import WEIGHTS
 from trimtab_trainer.rollout.engine import Engine, OwnModel, Sampling, Spoken, TokenIds
+from trimtab_trainer.rollout.handing import handing
 from trimtab_trainer.rollout.wire import Answer, Wire
-from trimtab_trainer.strategies import gathering
 
 log = logging.getLogger(__name__)
 
-ADAPTER = "default"
-"""The name of the adapter that is trained, in the model."""
 READY_SECONDS = 1200.0
 """Longest time until the engine is ready."""
 PATIENCE = 0.8
@@ -67,9 +62,13 @@ class Beside:
         self._sampling = sampling
         self._root = _root()
         self._wire = Wire(self._root, workplace.engine_port())
+        dtype = getattr(torch, precision(parts.config))
+        self._handing = handing(parts.model, self._root, self._wire, dtype)
         self._splits = parts.config.resolved.strategy in ("zero3", "fsdp2")
         self._followed: int | None = None
         """The step whose weights the engine has."""
+        self._name = ""
+        """What it calls them."""
         self._rounds = 0
         self._place: tuple[int, bool] | None = None
         self._drawn = 0
@@ -102,40 +101,33 @@ class Beside:
         config = parts.model.config.get_text_config()
         room = getattr(config, "max_position_embeddings", None)
         longest = parts.config.spec.dataset.max_length + self._sampling.longest
-        lora = parts.model.peft_config[ADAPTER]
-        see_plain(lora)
         told = RolloutBase(
             path=str(parts.base.path),
             dtype=cast(Any, precision(parts.config)),
             max_model_len=min(longest, room) if isinstance(room, int) else longest,
-            max_lora_rank=max(lora.r, *lora.rank_pattern.values(), 1),
+            max_lora_rank=self._handing.rank,
         )
         draft = self._root / f".{ROLLOUT_BASE}"
         draft.write_text(json.dumps(told.dump()))
         draft.replace(self._root / ROLLOUT_BASE)
 
     def _follow(self) -> bool:
-        """Give the engine the adapter as it is now; whether it had another. All processes take part."""
+        """Give the engine the weights as they are now; whether it had others. All processes take part."""
         step = int(self._trainer.state.global_step)
         if step == self._followed:
             return False
-        leader = self._group.place.first_of_pod
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)
-        weights = gathering.gather(model, leader, trainable=True, dtype=None)
-        once_per_pod(self._group, lambda: self._hand_over(model, weights, step))
+        weights = self._handing.gather(model, self._group.place.first_of_pod)
+        self._name = once_per_pod(self._group, lambda: self._hand_over(model, weights, step))
         self._followed = step
         return True
 
-    def _hand_over(self, model: Any, weights: dict[str, torch.Tensor], step: int) -> None:
+    def _hand_over(self, model: Any, weights: dict[str, torch.Tensor], step: int) -> str:
         if self._followed is None:
             log.info("waiting for the engine")
             self._wire.await_ready(min(READY_SECONDS, PATIENCE * self._config.spec.distributed.timeout_seconds))
-        else:
-            self._wire.unload(_name(self._followed))
-            shutil.rmtree(self._root / _name(self._followed))
-        folder = self._root / _name(step)
-        write(model, weights, folder)
-        self._wire.load(_name(step), folder)
+        self._handing.hand_over(model, weights, step)
+        return self._handing.name
 
     # ------------------------------------------------------------ its answers
 
@@ -148,10 +140,9 @@ class Beside:
         return [int.from_bytes(hashlib.sha256(f"{told} {row}".encode()).digest()[:7], "big") for row in range(rows)]
 
     def _ask(self, prompt: TokenIds, seed: int) -> Answer:
-        assert self._followed is not None
         return self._wire.ask(
             {
-                "model": _name(self._followed),
+                "model": self._name,
                 "prompt": [int(token) for token in prompt],
                 "max_tokens": self._sampling.longest,
                 "temperature": self._sampling.temperature,
@@ -204,31 +195,6 @@ def beyond(own: torch.Tensor, said: torch.Tensor, top_p: float) -> float:
     higher = (said - own + math.log(top_p)).clamp(min=0)
     lower = (own - said).clamp(min=0)
     return float((higher + lower).sum())
-
-
-def see_plain(lora: Any) -> None:
-    """Raise Fault(SpecInvalid) for an adapter that goes on and is more than the engine takes; rules see the others."""
-    if lora.use_dora or lora.bias != "none" or lora.modules_to_save or lora.target_parameters:
-        raise Fault(
-            Reason.SPEC_INVALID,
-            "tuner.continueFrom: the adapter has more than factors of whole layers, and the engine takes no other",
-            "Set rollout.engine: transformers.",
-        )
-
-
-def write(model: Any, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """An adapter's files as PEFT has them, from its gathered weights. Whatever else is trained is left out."""
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    found = get_peft_model_state_dict(model, weights, adapter_name=ADAPTER, save_embedding_layers=False)
-    save_file({name: weight.contiguous() for name, weight in found.items()}, folder / WEIGHTS)
-    model.peft_config[ADAPTER].save_pretrained(str(folder))
-
-
-def _name(step: int) -> str:
-    return f"step-{step}"
 
 
 def _root() -> Path:

@@ -14,6 +14,9 @@ from trimtab_trainer.strategies.speaking import speaking
 
 TokenIds = Sequence[int]
 
+VALUE_HEAD = "value_head"
+"""What ppo hangs on the model to learn values with: part of no artifact, and of nothing that an engine is given."""
+
 
 @dataclass(frozen=True)
 class Sampling:

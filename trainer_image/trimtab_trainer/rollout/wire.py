@@ -68,6 +68,14 @@ class Wire:
         """Let the engine forget an adapter. Raises Fault(EngineFailed) when it does not."""
         self._post("/v1/unload_lora_adapter", {"lora_name": name}, LOAD_SECONDS)
 
+    def reload(self, folder: Path) -> None:
+        """Let the engine read all weights anew, and drop what it kept. Raises Fault(EngineFailed) when it does not."""
+        asked = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        self._post("/collective_rpc", asked, LOAD_SECONDS)
+        said = self._post("/reset_prefix_cache", {}, LOAD_SECONDS)
+        if "true" not in said:
+            raise _failed(f"the engine did not drop what it kept of earlier weights: {said[:QUOTED]}")
+
     def ask(self, request: dict[str, Any]) -> Answer:
         """One completion of one prompt of token ids. Raises Fault(EngineFailed) when there is none."""
         said = self._post("/v1/completions", request, ANSWER_SECONDS)

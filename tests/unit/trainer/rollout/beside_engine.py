@@ -28,6 +28,8 @@ class BesideEngine:
     """It answers so many requests for an answer."""
     adapters: dict[str, list[str]] = field(default_factory=dict)
     """The tensors of each adapter that was ever loaded."""
+    reloaded: list[list[str]] = field(default_factory=list)
+    """The tensors of all weights, each time that they were read anew."""
     asked: list[dict[str, Any]] = field(default_factory=list)
     """The requests for answers."""
     told: dict[str, Any] = field(default_factory=dict)
@@ -44,7 +46,17 @@ class BesideEngine:
                 return self._load(body["lora_name"], Path(body["lora_path"]))
             if path == "/v1/unload_lora_adapter":
                 return (200, "removed") if self._models.pop(body["lora_name"], None) else (404, "no such adapter")
+            if path == "/collective_rpc" and body["method"] == "reload_weights":
+                return self._reload(Path(body["kwargs"]["weights_path"]))
+            if path == "/reset_prefix_cache":
+                return 200, '{"success":true}'
             return self._draw(body)
+
+    def _reload(self, folder: Path) -> tuple[int, str]:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, self.told["dtype"]))
+        self._models["base"] = model.eval()
+        self.reloaded.append(sorted(name for file in folder.glob("*.safetensors") for name in load_file(file)))
+        return 200, '{"results":[null]}'
 
     def ready(self) -> bool:
         file = self.root / "base.json"

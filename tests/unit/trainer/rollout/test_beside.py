@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.unit.trainer.conftest import StartRanks, training
 from tests.unit.trainer.rollout.beside_engine import BesideEngine, serving
@@ -138,6 +139,21 @@ def test_the_other_methods_that_speak(
     # A round of ppo is learnt from twice. Neither the value head nor the reference enters an adapter.
     assert list(engine.adapters) == (["step-0", "step-2"] if method == "ppo" else [f"step-{n}" for n in range(4)])
     assert all("lora_" in name and "ref" not in name for names in engine.adapters.values() for name in names)
+
+
+def test_all_weights_are_read_anew_and_the_value_head_is_not_among_them(
+    base: Path, judge: Path, tmp_path: Path, engine: BesideEngine
+) -> None:
+    data = {"train": [{"from": {"inline": prompts()}}], "maxLength": 48}
+    plan = training(maxSteps=6, perDeviceBatchSize=4, gradientAccumulationSteps=1, learningRate=2e-3)
+    wanted = {"dataset": data, "training": plan, "ppo": PPO, "tuner": {"type": "full"}, "rollout": {"engine": "vllm"}}
+    # That it draws from the weights of each round is held against the trainer's in rounds 1 and 2.
+    run(job("ppo", base, tmp_path / "out", {"ppo.rewardModel.from": judge}, **wanted))
+    assert engine.told["maxLoraRank"] == 0
+    assert {asked["model"] for asked in engine.asked} == {"base"}
+    artifact = load_file(tmp_path / "out/artifact/model.safetensors")
+    assert engine.reloaded == [sorted(artifact)] * 3
+    assert not list(engine.root.glob("step-*"))
 
 
 @pytest.mark.timeout(240)
