@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,10 @@ def values(cluster: Cluster, built: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def install(cluster: Cluster, built: dict[str, str]) -> None:
-    """`helm upgrade --install`, waiting until the operator is ready."""
+def install(cluster: Cluster, built: dict[str, str], changes: Mapping[str, Any] | None = None) -> None:
+    """`helm upgrade --install`, waiting until the operator is ready; `changes` replace whole values."""
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(values(cluster, built), file)
+        json.dump({**values(cluster, built), **(changes or {})}, file)
         file.flush()
         cluster.run(
             "helm", "upgrade", "--install", RELEASE, str(CHART), "--namespace", NAMESPACE, "--create-namespace",

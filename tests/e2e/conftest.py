@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def cluster() -> Iterator[Cluster]:
     """The cluster with the chart installed. In CI nothing of it stays."""
     reached = connect()
-    install.install(reached, install.images())
+    install.install(reached, install.images(), {"rewards": {"python": True}})
     install.upload(reached, EXAMPLES / "who-are-you" / "data", "data")
     yield reached
     if os.environ.get("CI"):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import uuid
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from demo import install
 from tests.e2e.workspace import EXAMPLES, Workspace
 from tests.matrix import proves
 
@@ -23,6 +27,10 @@ def shown(folder: str, name: str, **changes: Any) -> dict[str, Any]:
         training["learningRate"] = float(training["learningRate"])
     document["spec"] = {**spec, "training": training, **changes}
     return document
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
 
 
 def run(work: Workspace, *documents: dict[str, Any]) -> list[dict[str, Any]]:
@@ -53,6 +61,52 @@ def test_answers_that_are_liked_become_adapters(line: Workspace, pair: tuple[str
     for artifact in run(line, *documents):
         assert artifact["kind"] == "adapter"
         assert artifact["base"]["digest"] == base["digest"]
+
+
+def test_rewards_of_ones_own_are_asked_and_a_job_that_learns_nothing_answers(line: Workspace) -> None:
+    line.until_true("finetunejob", "harbour", 240)
+    line.kubectl("create", "configmap", "rewards", f"--from-file={EXAMPLES / 'methods' / 'rewards.py'}")
+    answering = shown("methods", "inference", training={"maxSteps": 0})
+    rewarded, answered = run(line, shown("methods", "grpo-python"), answering)
+    assert rewarded["kind"] == "adapter"
+    metrics = line.get("finetunejob", "grpo-python")["status"]["progress"]["metrics"]
+    assert {"rewards/close/mean", "rewards/brief/mean"} <= set(metrics)
+    assert answered["kind"] == "predictions"
+    said = line.answers(answered["uri"])
+    assert [each["messages"][-1]["content"] for each in said] == ["who are you?", "what is your name?"]
+    assert all(each["completion"] for each in said)
+
+
+def test_rows_are_tokenised_once_for_all_jobs_of_the_namespace(line: Workspace, tmp_path: Path) -> None:
+    rows = tmp_path / "berths.jsonl"
+    # What an earlier run of these tests kept in the bucket is not found again.
+    port = uuid.uuid4().hex[:6]
+    texts = ((f"How deep is berth {number} of {port}?", f"It is {number % 90} feet deep.") for number in range(90_000))
+    turns = ([turn("user", question), turn("assistant", answer)] for question, answer in texts)
+    rows.write_text("".join(json.dumps({"messages": each}) + "\n" for each in turns))
+    assert rows.stat().st_size > 8 << 20  # from here on the preflight tokenises
+    install.upload(line.cluster, tmp_path, "berths")
+    dataset = {
+        "maxLength": 128,
+        "cache": "namespace",
+        "train": [{"from": {"s3": {"uri": f"s3://{line.cluster.bucket}/berths/berths.jsonl"}}}],
+    }
+    first, second = (shown("methods", "sft", dataset=dataset) for _ in range(2))
+    for name, document in (("berths", first), ("berths-again", second)):
+        document["metadata"]["name"] = name
+    second["spec"]["training"] = {**second["spec"]["training"], "seed": 7}
+    base = line.until_true("finetunejob", "base", 240)["status"]["artifact"]
+    kept = base["uri"].removesuffix("/artifact").rsplit("/", 2)[0] + "/sequences"
+    before = line.objects(kept)
+    run(line, first)
+    after = line.objects(kept)
+    assert len([key for key in after - before if key.endswith("/manifest.json")]) == 1
+    run(line, second)
+    assert line.objects(kept) == after
+    for name in ("berths", "berths-again"):
+        (pod,) = line.find("pods", "-l", f"trimtab.dev/name={name},trimtab.dev/role=trainer")
+        log = line.kubectl("logs", pod["metadata"]["name"])
+        assert "took the tokenised rows that were kept" in log, log
 
 
 @proves("embedding", "pods")

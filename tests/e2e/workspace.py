@@ -113,6 +113,18 @@ class Workspace:
         document: dict[str, Any] = json.loads(body)
         return document
 
+    def answers(self, uri: str) -> list[dict[str, Any]]:
+        """The lines of predictions.jsonl below a prefix."""
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        body = s3(self.cluster).get_object(Bucket=bucket, Key=f"{key}/predictions.jsonl")["Body"].read()
+        return [json.loads(line) for line in body.splitlines()]
+
+    def objects(self, uri: str) -> set[str]:
+        """The keys below a prefix."""
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        pages = s3(self.cluster).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{key}/")
+        return {each["Key"] for page in pages for each in page.get("Contents", [])}
+
     def weights(self, name: str) -> dict[str, str]:
         """sha256 of each weight file that a FineTuneJob made."""
         artifact = self.get("finetunejob", name)["status"]["artifact"]
