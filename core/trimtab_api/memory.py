@@ -116,7 +116,11 @@ class Way:
     offload_optimizer: bool = False
     offload_parameters: bool = False
     frozen_copies: int = 0
-    """Whole further models of the same shape that a field names, for example a teacher."""
+    """Further models of the same shape that are split as the tuned one, for example a teacher."""
+    judges: int = 0
+    """Reward models, taken to be of the same shape: whole in every process."""
+    speaks: bool = False
+    """Answers are drawn, for which every process holds the whole weights."""
     reference: bool = False
     """Full tuning holds the model as it was, in the precision of its weights."""
     extra_trainable: int = 0
@@ -176,10 +180,11 @@ def way_of(spec: FineTuneJobSpec, resolved: ResolvedFineTune, shape: Shape, rank
     lora, packing = spec.tuner.lora, spec.dataset.packing
     saved = [name for name in (lora.modules_to_save if lora else ()) if name in _OUTER]
     adapters = {each.field for each in inputs.adapters(spec)}
+    beside = [each.field for each in inputs.further(spec) if each.field not in adapters]
     return Way(
         tuner="lora" if resolved.tuner_type == "lora" else "full",
         rows=spec.training.per_device_batch_size * (2 if spec.method in _PAIRS else 1),
-        length=max(spec.dataset.max_length, (packing.length or 0) if packing else 0),
+        length=max(spec.dataset.max_length, (packing.length or 0) if packing else 0) + _answer(spec),
         rank=rank or (lora.rank if lora else 8),
         width=2 if narrow else 4,
         optimizer=spec.training.optimizer,
@@ -191,7 +196,9 @@ def way_of(spec: FineTuneJobSpec, resolved: ResolvedFineTune, shape: Shape, rank
         devices=gpus if resolved.strategy == "deviceMap" else 1,
         offload_optimizer=offload.optimizer or (offload.parameters and resolved.strategy == "fsdp2"),
         offload_parameters=offload.parameters,
-        frozen_copies=sum(each.field not in adapters for each in inputs.further(spec)),
+        frozen_copies=sum(not inputs.gives_rewards(each) for each in beside),
+        judges=sum(inputs.gives_rewards(each) for each in beside),
+        speaks=_answer(spec) > 0,
         reference=resolved.tuner_type == "full" and _compares_with_itself(spec),
         extra_trainable=len(saved) * shape.vocabulary * shape.hidden,
         accelerated=accelerated,
@@ -200,8 +207,18 @@ def way_of(spec: FineTuneJobSpec, resolved: ResolvedFineTune, shape: Shape, rank
 
 def _compares_with_itself(spec: FineTuneJobSpec) -> bool:
     """Whether the reference is the model as it was, in memory at each step."""
-    named = spec.dpo is not None and (spec.dpo.ref_model is not None or spec.dpo.precompute_ref_log_probs)
-    return spec.method == "kto" or (spec.method == "dpo" and not named)
+    if spec.method == "dpo":
+        return spec.dpo is None or not (spec.dpo.ref_model is not None or spec.dpo.precompute_ref_log_probs)
+    return spec.method in ("kto", "ppo") or (spec.grpo is not None and spec.grpo.beta > 0)
+
+
+def _answer(spec: FineTuneJobSpec) -> int:
+    """Tokens of the longest answer that is drawn and learnt from; 0 where none is drawn."""
+    if spec.grpo is not None:
+        return spec.grpo.max_completion_length
+    if spec.ppo is not None:
+        return spec.ppo.response_length
+    return spec.gkd.max_completion_length if spec.gkd is not None and spec.gkd.lmbda > 0 else 0
 
 
 def estimate(shape: Shape, way: Way) -> Memory:
@@ -213,9 +230,24 @@ def estimate(shape: Shape, way: Way) -> Memory:
         weights_bytes=round(weights / way.devices),
         gradients_bytes=round(gradients / way.devices),
         optimizer_bytes=round(optimizer / way.devices),
-        activations_bytes=round(activations(shape, way)),
+        activations_bytes=round(max(activations(shape, way), _gathered(shape, way))),
         overhead_bytes=ACCELERATOR if way.accelerated else PROCESS,
     )
+
+
+def _gathered(shape: Shape, way: Way) -> float:
+    """Whole weights of the tuned model, which are there while answers are drawn and nothing is kept of a pass."""
+    if not way.speaks or way.processes == 1 or way.strategy not in ("zero3", "fsdp2"):
+        return 0
+    if way.tuner == "full":
+        return shape.parameters * way.width
+    return _adapted(shape, way)
+
+
+def _adapted(shape: Shape, way: Way) -> float:
+    """Bytes of a frozen model and what is trained beside it."""
+    outer = (shape.parameters - shape.linear) * way.width
+    return shape.linear * PACKED.get(way.bits, way.width) + outer + _trainable(shape, way) * 4
 
 
 def activations(shape: Shape, way: Way) -> float:
@@ -250,7 +282,7 @@ def changes(shape: Shape, way: Way) -> Iterator[tuple[str, int]]:
         tried.append(("tuner.type: lora", replace(way, tuner="lora")))
     elif way.bits == 16 and way.accelerated:
         tried.append(("model.quantization: {method: bnb4}", replace(way, bits=4)))
-    if way.length > 512:
+    if way.length > 512 and not way.speaks:
         tried.append((f"dataset.maxLength: {way.length // 2}", replace(way, length=way.length // 2)))
     for words, other in tried:
         saved = now - estimate(shape, other).total_bytes
@@ -301,11 +333,11 @@ def _state(shape: Shape, way: Way) -> tuple[float, float, float]:
             weights, masters = held * way.width, 4.0 * trainable
     else:
         wide = 4
-        frozen = PACKED.get(way.bits, way.width)
-        weights = shape.linear * frozen + (shape.parameters - shape.linear) * way.width + trainable * wide
+        weights = _adapted(shape, way)
     weights += way.frozen_copies * shape.parameters * way.width
     return (
-        weights * _share(way, "weights") * (0 if way.offload_parameters else 1),
+        weights * _share(way, "weights") * (0 if way.offload_parameters else 1)
+        + way.judges * shape.parameters * way.width,
         trainable * (way.width if masters else wide) * _share(way, "gradients"),
         (trainable * wide * OPTIMIZERS[way.optimizer] + masters)
         * _share(way, "optimizer")

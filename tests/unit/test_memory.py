@@ -146,3 +146,65 @@ def test_a_reference_is_counted_where_one_is_held(method: str, tuner: str, knobs
     alone = memory.estimate(shape(QWEN), replace(way, reference=False)).weights_bytes
     weights = memory.estimate(shape(QWEN), way).weights_bytes
     assert weights == (2 * alone if held else alone)
+
+
+JUDGE = {"from": {"fineTuneJob": {"name": "judge"}}}
+SPOKEN: dict[str, dict[str, Any]] = {
+    "grpo": {"rewards": [{"rewardModel": JUDGE}, {"name": "format"}], "maxCompletionLength": 100},
+    "ppo": {"rewardModel": JUDGE, "responseLength": 100},
+    "gkd": {"teacher": {"from": {"fineTuneJob": {"name": "teacher"}}}, "maxCompletionLength": 100},
+}
+
+
+def spoken(method: str, strategy: str, tuner: str, **knobs: Any) -> Way:
+    """How a method that draws answers of up to 100 tokens trains on two processes."""
+    spec = FineTuneJobSpec.model_validate(
+        {
+            "method": method,
+            "model": {"from": {"fineTuneJob": {"name": "base"}}, "dtype": "bfloat16"},
+            "dataset": {"train": [{"from": {"inline": "{}"}}], "maxLength": 64},
+            "tuner": {"type": tuner},
+            "distributed": {"strategy": strategy, "nodes": 2},
+            method: {**SPOKEN[method], **knobs},
+        }
+    )
+    return memory.way_of(spec, resolve(spec), shape(QWEN))
+
+
+@pytest.mark.parametrize(
+    ("method", "strategy", "tuner", "models"),
+    [
+        # In models of 16 bit: the tuned one, the one as it was or the teacher, the judge; split ones count half.
+        ("grpo", "ddp", "lora", 1 + 0 + 1),
+        ("grpo", "zero3", "lora", 1 / 2 + 0 + 1),
+        ("grpo", "zero2", "full", 1 + 1 + 1),
+        ("grpo", "zero3", "full", 1 / 2 + 1 / 2 + 1),
+        ("ppo", "zero3", "full", 1 / 2 + 1 / 2 + 1),
+        ("gkd", "zero2", "full", 1 + 1),
+        ("gkd", "zero3", "full", 1 / 2 + 1 / 2),
+        ("gkd", "ddp", "lora", 1 + 1),
+    ],
+)
+def test_models_beside_the_tuned_one(method: str, strategy: str, tuner: str, models: float) -> None:
+    way, whole = spoken(method, strategy, tuner), shape(QWEN).parameters * 2
+    assert way.length == 164
+    assert memory.estimate(shape(QWEN), way).weights_bytes == pytest.approx(models * whole, rel=0.02)
+
+
+def test_no_divergence_needs_no_model_as_it_was() -> None:
+    assert spoken("grpo", "zero3", "full").reference
+    assert not spoken("grpo", "zero3", "full", beta=0).reference
+
+
+@pytest.mark.parametrize("tuner", ["lora", "full"])
+@pytest.mark.parametrize(("strategy", "whole"), [("zero3", True), ("fsdp2", True), ("zero2", False), ("ddp", False)])
+def test_whoever_speaks_holds_the_weights_whole(strategy: str, whole: bool, tuner: str) -> None:
+    way, weights = spoken("grpo", strategy, tuner), shape(QWEN).parameters * 2
+    found = memory.estimate(shape(QWEN), way).activations_bytes
+    silent = memory.estimate(shape(QWEN), replace(way, speaks=False)).activations_bytes
+    if whole:
+        assert found == pytest.approx(weights, rel=0.02)
+        assert found > silent
+    else:
+        assert found == silent
+    assert not spoken("gkd", strategy, tuner, lmbda=0).speaks
