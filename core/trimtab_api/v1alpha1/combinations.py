@@ -53,6 +53,13 @@ TUNER = (
         "must be none but for pretrain and sft: other methods compare with the base, and biases that moved stay moved",
         field_path=".tuner.lora.bias",
     ),
+    Rule(
+        "self.method == 'gkd' || !has(self.tuner.lora) || !has(self.tuner.lora.targetModules) || "
+        "!('lm_head' in self.tuner.lora.targetModules)",
+        "leave lm_head out but for gkd: the other methods read the head's weight past an adapter, or their model has "
+        "none; name it in tuner.lora.modulesToSave to tune it in full",
+        field_path=".tuner.lora.targetModules",
+    ),
 )
 """Tuners, models and methods."""
 
@@ -312,12 +319,6 @@ ROLLOUT = (
         "must divide training.perDeviceBatchSize x training.gradientAccumulationSteps x distributed.processesPerNode "
         "x distributed.nodes: a step learns from whole groups of answers",
         field_path=".grpo.numGenerations",
-    ),
-    Rule(
-        "!(self.method in ['grpo', 'ppo']) || !has(self.tuner.lora) || !has(self.tuner.lora.targetModules) || "
-        "!('lm_head' in self.tuner.lora.targetModules)",
-        "leave lm_head out: grpo and ppo read its weight past the adapter; name it in tuner.lora.modulesToSave",
-        field_path=".tuner.lora.targetModules",
     ),
 )
 """Methods that learn from what the model says."""

@@ -83,6 +83,21 @@ def adapt(model: Any, lora: Lora, seed: int, new_tokens: Sequence[int] = (), tas
         raise Fault(Reason.SPEC_INVALID, f"tuner.lora: {first}", hint) from error
 
 
+def see_head(wrapped: Any, method: str, field: str) -> None:
+    """Raise Fault(SpecInvalid) when the adapter is on the head, where all methods but gkd would not see it.
+
+    They read the head's weight, and never hold the logits of a whole batch.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if method != "gkd" and isinstance(wrapped.get_output_embeddings(), BaseTunerLayer):
+        raise Fault(
+            Reason.SPEC_INVALID,
+            f"{field}: an adapter on the head would not be trained by {method}, which reads the head's weight past it",
+            "Leave the head out, and name it in tuner.lora.modulesToSave to tune it in full.",
+        )
+
+
 def go_on(model: Any, adapter: LocalModel, base: LocalModel, field: str) -> Any:
     """The model wrapped with an adapter that was trained before; its own settings hold.
 
