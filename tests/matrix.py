@@ -30,6 +30,7 @@ WAYS = {
     "fsdp2": "FSDP2",
     "nodes": "two nodes",
     "pods": "as pods",
+    "sequence": "sequence",
     "images": "images",
     "video": "video",
     "audio": "audio",

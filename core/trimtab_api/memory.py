@@ -96,6 +96,8 @@ class Way:
     """Rows in one forward pass of one process."""
     length: int
     """Tokens of a row at most."""
+    shared: int = 1
+    """Processes that share a row's tokens (distributed.parallel.sequence)."""
     rank: int = 8
     bits: int = 16
     """Of the frozen weights' linear layers: 4 or 8 when they are packed."""
@@ -185,6 +187,7 @@ def way_of(spec: FineTuneJobSpec, resolved: ResolvedFineTune, shape: Shape, rank
         tuner="lora" if resolved.tuner_type == "lora" else "full",
         rows=spec.training.per_device_batch_size * (2 if spec.method in _PAIRS else 1),
         length=max(spec.dataset.max_length, (packing.length or 0) if packing else 0) + _answer(spec),
+        shared=spec.distributed.parallel.sequence,
         rank=rank or (lora.rank if lora else 8),
         width=2 if narrow else 4,
         optimizer=spec.training.optimizer,
@@ -198,7 +201,7 @@ def way_of(spec: FineTuneJobSpec, resolved: ResolvedFineTune, shape: Shape, rank
         offload_parameters=offload.parameters,
         frozen_copies=sum(not inputs.gives_rewards(each) for each in beside),
         judges=sum(inputs.gives_rewards(each) for each in beside),
-        speaks=_answer(spec) > 0,
+        speaks=_answer(spec) > 0 and not spec.asks_vllm,
         reference=resolved.tuner_type == "full" and _compares_with_itself(spec),
         extra_trainable=len(saved) * shape.vocabulary * shape.hidden,
         accelerated=accelerated,
@@ -252,7 +255,7 @@ def _adapted(shape: Shape, way: Way) -> float:
 
 def activations(shape: Shape, way: Way) -> float:
     """What the forward pass of one micro-batch leaves for the backward pass, and what one block takes in between."""
-    tokens = way.rows * way.length
+    tokens = way.rows * way.length / way.shared
     block = _block(shape, way)
     kept = shape.layers * (shape.hidden * way.width) + block if way.checkpointing else shape.layers * block
     # In float32 with their gradient, beside what the head gave in the arithmetic's own precision.

@@ -44,7 +44,8 @@ def resolve(spec: FineTuneJobSpec, image: str | None = None, output_uri: str | N
     tuner = spec.tuner.type or ("full" if spec.model.scratch or _asks_the_base(spec) else "lora")
     processes = processes_per_node(spec)
     world = spec.distributed.nodes * processes
-    one_pass = world * spec.training.per_device_batch_size
+    # Processes that share a sequence take the same rows.
+    one_pass = max(1, world // spec.distributed.parallel.sequence) * spec.training.per_device_batch_size
     accumulation = spec.training.gradient_accumulation_steps or default_accumulation(spec, one_pass)
     truncation = spec.dataset.truncation
     loss = spec.dataset.loss

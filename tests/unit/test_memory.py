@@ -148,6 +148,12 @@ def test_a_reference_is_counted_where_one_is_held(method: str, tuner: str, knobs
     assert weights == (2 * alone if held else alone)
 
 
+def test_a_shared_sequence_leaves_each_process_its_part() -> None:
+    alone = memory.activations(shape(QWEN), replace(LORA, length=32768))
+    shared = memory.activations(shape(QWEN), replace(LORA, length=32768, shared=4))
+    assert shared == pytest.approx(alone / 4)
+
+
 JUDGE = {"from": {"fineTuneJob": {"name": "judge"}}}
 SPOKEN: dict[str, dict[str, Any]] = {
     "grpo": {"rewards": [{"rewardModel": JUDGE}, {"name": "format"}], "maxCompletionLength": 100},
@@ -156,7 +162,7 @@ SPOKEN: dict[str, dict[str, Any]] = {
 }
 
 
-def spoken(method: str, strategy: str, tuner: str, **knobs: Any) -> Way:
+def spoken(method: str, strategy: str, tuner: str, rollout: Any = None, **knobs: Any) -> Way:
     """How a method that draws answers of up to 100 tokens trains on two processes."""
     spec = FineTuneJobSpec.model_validate(
         {
@@ -166,6 +172,7 @@ def spoken(method: str, strategy: str, tuner: str, **knobs: Any) -> Way:
             "tuner": {"type": tuner},
             "distributed": {"strategy": strategy, "nodes": 2},
             method: {**SPOKEN[method], **knobs},
+            **({} if rollout is None else {"rollout": rollout}),
         }
     )
     return memory.way_of(spec, resolve(spec), shape(QWEN))
@@ -208,3 +215,4 @@ def test_whoever_speaks_holds_the_weights_whole(strategy: str, whole: bool, tune
     else:
         assert found == silent
     assert not spoken("gkd", strategy, tuner, lmbda=0).speaks
+    assert not spoken("grpo", strategy, tuner, rollout={"engine": "vllm"}).speaks

@@ -25,7 +25,6 @@ from trimtab_api import inputs, memory
 from trimtab_api.conditions import Reason
 from trimtab_api.contract import CodeInput, DataInput, Ending, Exit, ModelInput, RunConfig
 from trimtab_api.inputs import SAME_VOCABULARY
-from trimtab_api.v1alpha1.dataset import Dataset
 from trimtab_api.v1alpha1.model import Scratch
 from trimtab_api.v1alpha1.progress import Memory
 from trimtab_api.v1alpha1.status import PinnedInput
@@ -35,7 +34,7 @@ from trimtab_trainer.data.boxes import Boxes
 from trimtab_trainer.data.collecting import Collected, rows_of
 from trimtab_trainer.data.feeds import Feed, open_feed
 from trimtab_trainer.data.masks import render_row
-from trimtab_trainer.data.media import see_unpacked
+from trimtab_trainer.data.media import see_alike, see_unpacked
 from trimtab_trainer.data.opened import Media, Named, gather, named
 from trimtab_trainer.data.preference import sides
 from trimtab_trainer.data.reading import Skipped, strictly
@@ -64,6 +63,7 @@ from trimtab_trainer.model.loading import architecture, see_same_vocabulary
 from trimtab_trainer.model.scalar import see_one_output
 from trimtab_trainer.model.vision import model_type, see_senses
 from trimtab_trainer.output import open_output
+from trimtab_trainer.strategies.shareable import see_shareable
 from trimtab_trainer.template import CHATML, ChatTemplate, asked_for, special_tokens_in, template_in
 
 log = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ def check(config: RunConfig, work: Path) -> Ending:
             see_same_vocabulary(folder, each.path, source.field, each.reference)
     measured = _rows(config, collected, folder)
     needed = _memory(config, local[0].path if config.model is not None else None)
-    _media(collected, config.spec.dataset, folder, work / "media")
+    _media(collected, config, folder, work / "media")
     questions.see(collected, config)
     rows = collected.rows if config.spec.learns else collected.validation_rows
     found = [
@@ -244,6 +244,8 @@ def _described(source: ModelInput, config: RunConfig, local: LocalModel) -> None
     new = 0
     if source is config.model:
         quantisation.see_trainable(described, config, source.field, local.reference)
+        if (shared := config.spec.distributed.parallel.sequence) > 1:
+            see_shareable(described, shared, config.spec.dataset.max_length)
         new = 0 if config.resolved.tuner_type == "full" else len(config.spec.model.new_tokens)
     _vocabulary(source, local, described.get("vocab_size"), new)
 
@@ -351,13 +353,17 @@ def _rows(config: RunConfig, collected: Collected, folder: Path | None) -> Measu
     return measured
 
 
-def _media(collected: Collected, dataset: Dataset, folder: Path | None, into: Path) -> None:
+def _media(collected: Collected, config: RunConfig, folder: Path | None, into: Path) -> None:
     """Open the first of what rows show, and see that the model takes any."""
     if not collected.shown:
         return
     see_senses(folder, collected.shown)
     assert folder is not None, "a model that is not there has no senses"
-    see_unpacked(dataset)
+    see_unpacked(config.spec.dataset)
+    strategy = strategies.of(config)
+    if strategy.splits_weights and config.resolved.world_size > 1:
+        files = [path for path in (collected.train, collected.validation) if path is not None]
+        see_alike((row for path in files for row in rows_of(path)), collected.shown, strategy.name)
     media = gather(_first(collected), collected.roots, into)
     # What a model sees of an image is its processor's to say; whether a box lies on it is seen without.
     boxes = Boxes(model_type(folder), media.size, lambda size: size)

@@ -23,7 +23,7 @@ from trimtab_trainer.data.boxes import Boxes
 from trimtab_trainer.data.collecting import Collected, rows_of
 from trimtab_trainer.data.feeds import open_feed
 from trimtab_trainer.data.masks import Render
-from trimtab_trainer.data.media import see_unpacked
+from trimtab_trainer.data.media import see_alike, see_unpacked
 from trimtab_trainer.data.opened import Media, gather, named
 from trimtab_trainer.data.reading import Skipped, strictly
 from trimtab_trainer.data.seen import Seen, Standing, spacious
@@ -256,6 +256,9 @@ class Run:
             return None
         see_unpacked(self.config.spec.dataset)
         files = {"training": collected.train, "validation": collected.validation}
+        if self.strategy.splits_weights and self.group.place.world > 1:
+            rows = chain.from_iterable(rows_of(path) for path in files.values() if path is not None)
+            see_alike(rows, collected.shown, self.strategy.name)
         wanted = chain.from_iterable(named(path, what) for what, path in files.items() if path is not None)
         return once_per_pod(self.group, lambda: gather(wanted, collected.roots, into))
 
@@ -297,9 +300,11 @@ class Run:
         dataset, place = self.config.spec.dataset, self.group.place
         if dataset.streaming is None:
             return None
+        shared = self.config.spec.distributed.parallel.sequence
         feeds = [open_feed(source, pins) for source in self.config.train]
         encoder = self.method.encoder(self.config, loaded, render)
-        return streaming.Stream(feeds, dataset, self.method.needs(self.config), encoder, place.rank, place.world)
+        needs = self.method.needs(self.config)
+        return streaming.Stream(feeds, dataset, needs, encoder, place.rank // shared, place.world // shared)
 
     def _base(self, into: Path, pins: Pins, only: tuple[str, ...]) -> LocalModel | None:
         source = self.config.model
@@ -598,7 +603,9 @@ class Run:
             return prepared.collected
         skipped = prepared.stream.skipped
         first = next((each for each in self.group.all_of(skipped.first) if each), prepared.collected.first_skipped)
-        return replace(prepared.collected, skipped=self.group.total(skipped.rows), first_skipped=first)
+        # Processes that share sequences read the same rows.
+        total = self.group.total(skipped.rows) // self.config.spec.distributed.parallel.sequence
+        return replace(prepared.collected, skipped=total, first_skipped=first)
 
 
 def _peak() -> str:

@@ -512,6 +512,70 @@ PARALLEL = (
 )
 """How a run is spread over processes and devices."""
 
+_SHARED = "self.distributed.parallel.sequence > 1"
+
+SEQUENCE = (
+    Rule(
+        f"!({_SHARED}) || {_LANGUAGE}",
+        "must be 1, or method sft or pretrain: the other methods compare or draw whole sequences",
+        field_path=".distributed.parallel.sequence",
+    ),
+    Rule(
+        f"!({_SHARED}) || self.distributed.strategy != 'deviceMap'",
+        "must be 1 with strategy deviceMap, where there is one process",
+        field_path=".distributed.parallel.sequence",
+    ),
+    Rule(
+        f"!({_SHARED}) || !has(self.distributed.processesPerNode) || "
+        "(self.distributed.nodes * self.distributed.processesPerNode) % self.distributed.parallel.sequence == 0",
+        "must divide distributed.nodes x distributed.processesPerNode: each sequence is shared by as many processes",
+        field_path=".distributed.parallel.sequence",
+    ),
+    Rule(
+        f"!({_SHARED}) || (!has(self.dataset.packing) && !self.dataset.paddingFree)",
+        "must be 1, or leave out dataset.packing and dataset.paddingFree: attention is exchanged without the mask that "
+        "keeps documents apart",
+        field_path=".distributed.parallel.sequence",
+    ),
+    Rule(
+        f"!({_SHARED}) || !has(self.training.neftuneAlpha)",
+        "must be 1, or leave out training.neftuneAlpha: its noise is measured by the length of a whole sequence",
+        field_path=".distributed.parallel.sequence",
+    ),
+    Rule(
+        f"!({_SHARED}) || !has(self.training.maxSteps) || self.training.maxSteps > 0",
+        "must be 1 with training.maxSteps: 0: answers are drawn from whole prompts",
+        field_path=".distributed.parallel.sequence",
+    ),
+    Rule(
+        f"!({_SHARED}) || !has(self.model.scratch) || "
+        "(self.model.scratch.attentionHeads % self.distributed.parallel.sequence == 0 && "
+        "(!has(self.model.scratch.keyValueHeads) || "
+        "self.model.scratch.keyValueHeads % self.distributed.parallel.sequence == 0))",
+        "must divide model.scratch.attentionHeads and keyValueHeads: in attention each process has a part of the heads",
+        field_path=".distributed.parallel.sequence",
+    ),
+    Rule(
+        "self.distributed.parallel.context == 1",
+        "must be 1: the ring attention of the trainer's libraries runs under fsdp2 on GPUs alone and drops every mask; "
+        "distributed.parallel.sequence shares sequences under every strategy",
+        field_path=".distributed.parallel.context",
+    ),
+    Rule(
+        "self.distributed.parallel.tensor == 1",
+        "must be 1: the trainer's libraries cannot write a checkpoint of weights that are split this way; "
+        "zero3 and fsdp2 split the weights of every method",
+        field_path=".distributed.parallel.tensor",
+    ),
+    Rule(
+        "self.distributed.parallel.expert == 1",
+        "must be 1: the trainer's libraries cannot write a checkpoint of experts that are split this way; "
+        "zero3 and fsdp2 split experts as they split all weights",
+        field_path=".distributed.parallel.expert",
+    ),
+)
+"""Processes that work at one row together."""
+
 PRECISION = (
     Rule(
         "!self.training.pureBf16 || has(self.model.scratch) || (has(self.tuner.type) && self.tuner.type == 'full')",
@@ -627,6 +691,7 @@ COMBINATIONS = (
     *HEADS,
     *QUANTIZED,
     *PARALLEL,
+    *SEQUENCE,
     *PRECISION,
     *EVALUATION,
     *INFERENCE,

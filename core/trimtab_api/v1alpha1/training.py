@@ -127,6 +127,19 @@ class Offload(Model):
     """The weights: zero3 and fsdp2. fsdp2 takes gradients and the optimiser along."""
 
 
+class Parallel(Model):
+    """How many processes work at one row together. All but sequence must be 1: what was tried is told in docs/parallel.md."""
+
+    sequence: Annotated[int, Field(ge=1, le=64)] = 1
+    """Processes that share each sequence, for sequences that do not fit one device: each holds a part of the tokens and, in attention, a part of the heads (Ulysses). The other processes take other rows, so a step has as many rows as processes / sequence take. For pretrain and sft, of models that look at all tokens before."""
+    context: Annotated[int, Field(ge=1, le=64)] = 1
+    """Must be 1; sequence shares sequences in every strategy."""
+    tensor: Annotated[int, Field(ge=1, le=64)] = 1
+    """Must be 1; zero3 and fsdp2 split the weights of every method."""
+    expert: Annotated[int, Field(ge=1, le=64)] = 1
+    """Must be 1; zero3 and fsdp2 split experts as all weights."""
+
+
 class Distributed(Model):
     """Over how many processes the rows are spread."""
 
@@ -138,6 +151,8 @@ class Distributed(Model):
     """What the processes split among each other. ddp: the rows alone. zero1, zero2, zero3 (DeepSpeed): also the optimiser's state; and the gradients; and the weights. fsdp2 (PyTorch): all of these. deviceMap: one process lays the layers over its pod's devices. auto: ddp for adapters and small models from scratch, zero2 for full tuning."""
     offload: Offload = Field(default_factory=Offload)
     """What waits in the pod's main memory while the device does not need it: slower, and room for larger models."""
+    parallel: Parallel = Field(default_factory=Parallel)
+    """How many processes work at one row together."""
     device_memory: Quantity | None = None
     """Memory of one accelerator, for example 80Gi: a run that cannot fit is then refused before it starts. Without accelerators pod.resources.limits.memory says it."""
     timeout_seconds: Annotated[int, Field(ge=30, le=86400)] = 1800

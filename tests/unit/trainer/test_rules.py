@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from tests.api.test_cel import ACCEPTED, REFUSED, Row, build
 from tests.unit.trainer.conftest import SCRATCH
-from trimtab_api.v1alpha1.finetunejob import FineTuneJobSpec
+from trimtab_api.v1alpha1.finetunejob import FineTuneJobSpec, Method
 from trimtab_trainer import rules
 from trimtab_trainer.yamlfile import Loader
 
@@ -59,11 +59,6 @@ GKD = {"method": "gkd", "gkd": {"teacher": {"from": HUB}}}
             "grpo.numGenerations",
             "whole groups of answers",
         ),
-        (
-            {**GRPO, "tuner": {"lora": {"targetModules": ["lm_head"]}}},
-            "tuner.lora.targetModules",
-            "leave lm_head out",
-        ),
         ({**PPO, "model": {**MINIMAL["model"], "newTokens": ["<x>"]}}, "model.newTokens", "does not know them"),
         ({**GKD, "dataset": {**MINIMAL["dataset"], "loss": "all"}}, "dataset.loss", "whole answers"),
         *(
@@ -83,6 +78,41 @@ GKD = {"method": "gkd", "gkd": {"teacher": {"from": HUB}}}
 def test_what_the_model_says(changes: dict[str, Any], field: str, part: str) -> None:
     found = dict(rules.broken(FineTuneJobSpec.model_validate({**MINIMAL, **changes})))
     assert part in found[field]
+
+
+HEAD = {"tuner": {"lora": {"targetModules": ["q_proj", "lm_head"]}}}
+
+
+@pytest.mark.parametrize("method", [each for each in get_args(Method) if each != "gkd"])
+def test_an_adapter_on_the_head(method: str) -> None:
+    found = dict(rules.broken(FineTuneJobSpec.model_validate({**MINIMAL, **HEAD, "method": method})))
+    assert "leave lm_head out" in found["tuner.lora.targetModules"]
+    assert not list(rules.broken(FineTuneJobSpec.model_validate({**MINIMAL, **GKD, **HEAD})))
+
+
+SHARED = {"parallel": {"sequence": 2}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "part"),
+    [
+        ({"method": "dpo", "distributed": SHARED}, "sequence", "method sft or pretrain"),
+        ({"distributed": {**SHARED, "strategy": "deviceMap"}}, "sequence", "there is one process"),
+        ({"distributed": {**SHARED, "nodes": 3, "processesPerNode": 1}}, "sequence", "must divide distributed.nodes"),
+        (
+            {"distributed": SHARED, "dataset": {**MINIMAL["dataset"], "packing": {}}},
+            "sequence",
+            "keeps documents apart",
+        ),
+        ({"distributed": SHARED, "training": {"neftuneAlpha": 5}}, "sequence", "length of a whole sequence"),
+        ({"distributed": {"parallel": {"context": 2}}}, "context", "must be 1"),
+        ({"distributed": {"parallel": {"tensor": 2}}}, "tensor", "must be 1"),
+        ({"distributed": {"parallel": {"expert": 2}}}, "expert", "must be 1"),
+    ],
+)
+def test_processes_that_work_at_one_row(changes: dict[str, Any], field: str, part: str) -> None:
+    found = dict(rules.broken(FineTuneJobSpec.model_validate({**MINIMAL, **changes})))
+    assert part in found[f"distributed.parallel.{field}"]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ mediaFrom), or a data: URI. Nothing comes from the web.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -187,4 +187,20 @@ def see_unpacked(dataset: Dataset) -> None:
             Reason.SPEC_INVALID,
             f"{field}: the rows show images, video or sound, and such rows are not packed",
             "Leave it out.",
+        )
+
+
+def see_alike(rows: Iterable[Row], kinds: Collection[Kind], strategy: str) -> None:
+    """Raise Fault(SpecInvalid) when a row does not show each kind that others show, where weights are split.
+
+    The weights that make tokens of what is shown are gathered by all processes together: one whose pass shows nothing
+    of the kind would not take part, and the others wait for it.
+    """
+    bare = sum(any(not row.get(COLUMNS[kind]) for kind in kinds) for row in rows)
+    if bare:
+        named = " and ".join(sorted(COLUMNS[kind] for kind in kinds))
+        raise Fault(
+            Reason.SPEC_INVALID,
+            f"distributed.strategy: {bare} rows show no {named} and others do, which {strategy} cannot mix",
+            "Choose ddp, zero1 or zero2, or keep rows that show other things in jobs of their own.",
         )

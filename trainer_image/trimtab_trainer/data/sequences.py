@@ -25,6 +25,9 @@ BATCH = 256
 """Rows that are tokenised at once."""
 CHECKED_ROWS = 64
 """Rows whose prompt is tokenised again by itself."""
+TOKENS = "tokens"
+"""Key of a batch: tokens in it, padding left out."""
+
 WEIGHTS = "weights"
 """Column with each token's weight in the loss; empty where every learnt token counts once."""
 TARGETS = "targets"

@@ -13,12 +13,13 @@ import torch
 from trl.trainer.sft_trainer import SFTTrainer
 
 from trimtab_trainer.arguments import arguments
-from trimtab_trainer.data.sequences import IGNORED, WEIGHTS
+from trimtab_trainer.data.sequences import IGNORED, TOKENS, WEIGHTS
 from trimtab_trainer.data.streaming import Cursor, Loader, Stream
-from trimtab_trainer.methods.documents import TOKENS, Apart, Documents
+from trimtab_trainer.methods.documents import Apart, Documents
 from trimtab_trainer.methods.observed import Observed
 from trimtab_trainer.methods.parts import Parts
 from trimtab_trainer.methods.vision import SeeingCollator, sight
+from trimtab_trainer.strategies import sequence
 
 
 class Collator:
@@ -52,17 +53,53 @@ class CausalTrainer(Observed, SFTTrainer):
     """SFTTrainer without its metrics.
 
     `stream`: records in place of a data set; the trainer then counts steps alone and keeps the stream's place.
+    `part`: what this process has of each sequence that it trains on, where processes share them.
     """
 
-    def __init__(self, stream: Stream | None = None, **parts: Any):
+    data_collator: Any
+
+    def __init__(self, stream: Stream | None = None, part: sequence.Part | None = None, **parts: Any):
         super().__init__(**parts)
         self._stream = stream
+        self._part = part
 
     def get_train_dataloader(self) -> Any:
-        """Batches of the data set, or of this process's stream."""
-        if self._stream is None:
-            return super().get_train_dataloader()
-        return Loader(self._stream, self.data_collator, self.args.per_device_train_batch_size)
+        """Batches of the data set, or of this process's stream; where sequences are shared, its part of them."""
+        whole = self.data_collator
+        collate = whole if self._part is None else sequence.Sharing(whole, self._part)
+        if self._stream is not None:
+            return Loader(self._stream, collate, self.args.per_device_train_batch_size)
+        self.data_collator = collate
+        try:
+            loader = super().get_train_dataloader()
+        finally:
+            self.data_collator = whole
+        if self._part is not None:
+            sequence.same_rows(loader, self._part)
+        return loader
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Any, Any, Any]:
+        """The loss of a batch. Each process has rows of its own; those that share sequences take them in turn."""
+        if self._part is None:
+            base: Any = super()
+            found: tuple[Any, Any, Any] = base.prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            return found
+        tokens = self._get_num_items_in_batch([inputs], self.args.device)
+        whole = {name: each.cpu() for name, each in inputs.items()}
+        losses = [self._shared_loss(model, batch) for batch in self._part.all_of(whole)]
+        mine = losses[self._part.rank] * self.accelerator.num_processes
+        return mine / torch.as_tensor(tokens).clamp(min=1), None, None
+
+    def _shared_loss(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        """The sum of the tokens' losses of a batch that those who share sequences have alike."""
+        assert self._part is not None
+        part = {name: each.to(self.args.device) for name, each in self._part.of(batch).items()}
+        part = {name: each for name, each in part.items() if name not in (TOKENS, WEIGHTS)}
+        with torch.no_grad(), sequence.shared():
+            outputs = model(**part, use_cache=False, fused_lm_head=True)
+        return self._part.total(-outputs.log_probs.sum())
 
     def window(self) -> dict[str, Any]:
         """See Observed. The place in a stream is part of it."""
@@ -86,7 +123,9 @@ class CausalTrainer(Observed, SFTTrainer):
         routed = {"output_router_logits": True} if self.aux_loss_enabled else {}
         outputs = model(**inputs, **routed, use_cache=False, fused_lm_head=True)
         tokens = outputs.label_mask.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-        log_probs = outputs.log_probs if weights is None else outputs.log_probs * weights[:, 1:]
+        log_probs = outputs.log_probs
+        if weights is not None:
+            log_probs = log_probs * (weights if sequence.SHIFTED in inputs else weights[:, 1:])
         loss = -log_probs.sum() / tokens.clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The count is over all processes, and DDP averages their gradients.
@@ -107,8 +146,15 @@ class CausalTrainer(Observed, SFTTrainer):
 
 def causal(parts: Parts) -> CausalTrainer:
     """The trainer of next-token prediction."""
-    dataset = parts.config.spec.dataset
-    several = dataset.packing is not None or dataset.padding_free
+    dataset, size = parts.config.spec.dataset, parts.config.spec.distributed.parallel.sequence
+    callbacks, part = list(parts.callbacks), None
+    if dataset.packing is not None or dataset.padding_free:
+        callbacks.append(Apart())
+    if size > 1:
+        place = parts.group.place
+        part = sequence.part_of(place.rank, place.world, size)
+        sequence.share(parts.model, part, dataset.max_length)
+        callbacks.append(sequence.Seen(part))
     return CausalTrainer(
         model=parts.model,
         args=arguments(parts.config, parts.folder, validated=parts.validation is not None),
@@ -116,8 +162,9 @@ def causal(parts: Parts) -> CausalTrainer:
         train_dataset=parts.train,
         eval_dataset=parts.validation,
         processing_class=parts.tokenizer,
-        callbacks=[*parts.callbacks, Apart()] if several else parts.callbacks,
+        callbacks=callbacks,
         stream=parts.stream,
+        part=part,
     )
 
 
@@ -127,4 +174,4 @@ def _collator(parts: Parts) -> Any:
         # Flash attention tells documents apart in a batch of one row alone.
         flash = "flash" in str(parts.model.config._attn_implementation)
         return Documents(pad, joined=dataset.padding_free or flash)
-    return SeeingCollator(Collator(pad), sight(parts))
+    return SeeingCollator(Collator(pad, parts.config.spec.distributed.parallel.sequence), sight(parts))

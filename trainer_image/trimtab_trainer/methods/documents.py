@@ -14,11 +14,9 @@ from transformers import TrainerCallback
 
 from trimtab_api.conditions import Reason
 from trimtab_trainer.data.packing import LENGTHS
-from trimtab_trainer.data.sequences import IGNORED, WEIGHTS
+from trimtab_trainer.data.sequences import IGNORED, TOKENS, WEIGHTS
 from trimtab_trainer.endings import Fault
 
-TOKENS = "tokens"
-"""Key of a batch: tokens in it, padding left out."""
 LEAK = 0.1
 """Share of the change that a document in front makes when it is seen, that is borne as rounding when it must not be."""
 

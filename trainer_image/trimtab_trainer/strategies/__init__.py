@@ -55,6 +55,13 @@ def see_possible(config: RunConfig) -> None:
             f"distributed.offload: {config.spec.distributed.strategy} splits over several processes, and there is one",
             "Choose zero2 or zero3, which offload alone as well, or give more processes.",
         )
+    world, shared = config.resolved.world_size, config.spec.distributed.parallel.sequence
+    if world % shared:
+        raise Fault(
+            Reason.SPEC_INVALID,
+            f"distributed.parallel.sequence: {shared} processes cannot share a sequence where there are {world}",
+            "Let it divide distributed.nodes x distributed.processesPerNode, or leave it out.",
+        )
 
 
 def of(config: RunConfig) -> Strategy:

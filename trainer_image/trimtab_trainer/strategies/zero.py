@@ -95,7 +95,10 @@ class Zero:
             sizes = {
                 "train_micro_batch_size_per_gpu": resolved.per_device_batch_size,
                 "gradient_accumulation_steps": resolved.gradient_accumulation_steps,
-                "train_batch_size": resolved.global_batch_size,
+                # As DeepSpeed counts rows: it knows nothing of processes that share them.
+                "train_batch_size": resolved.per_device_batch_size
+                * resolved.gradient_accumulation_steps
+                * resolved.world_size,
             }
         return {
             **sizes,
