@@ -223,7 +223,7 @@ REFUSED = (
     Row("two rewards in one", F, {"method": "grpo", "grpo": {"rewards": [{"name": "format", "rewardModel": {"from": HUB}}]}}, "spec.grpo.rewards[0]", "give exactly one of name, rewardModel, python"),
     Row("ratios of answers in a sum of tokens", F, {"method": "grpo", "grpo": {**GRPO, "importanceSampling": "sequence", "lossType": "dapo"}}, "spec.grpo.lossType", "must be grpo with importanceSampling: sequence"),
     Row("a part of a group", F, {"method": "grpo", "grpo": GRPO, "training.gradientAccumulationSteps": 3, "distributed.processesPerNode": 2}, "spec.grpo.numGenerations", "whole groups of answers"),
-    Row("an adapted head", F, {"tuner.lora": {"targetModules": ["q_proj", "lm_head"]}}, "spec.tuner.lora.targetModules", "leave lm_head out but for gkd"),
+    Row("an adapted head", F, {"tuner.lora": {"targetModules": ["q_proj", "lm_head"]}}, "spec.tuner.lora.targetModules", "leave lm_head out"),
     Row("an adapted head that is rewarded", F, {"method": "grpo", "grpo": GRPO, "tuner.lora": {"targetModules": ["q_proj", "lm_head"]}}, "spec.tuner.lora.targetModules", "leave lm_head out"),
     # Processes that work at one row
     Row("shared sequences of scratch", F, {"method": "pretrain", "model": {"scratch": {**SCRATCH, "attentionHeads": 4}}, "distributed": {"nodes": 3, "parallel": {"sequence": 3}}}, "spec.distributed.parallel.sequence", "must divide model.scratch.attentionHeads"),
@@ -325,7 +325,6 @@ ACCEPTED = (
     (F, {"method": "pretrain", "dataset.truncation": "split"}),
     (F, {"method": "dpo"}), (F, {"method": "cpo", "cpo": {}}), (F, {"method": "simpo", "simpo": {}}), (F, {"method": "orpo", "orpo": {}}),
     (F, {"distributed": {"nodes": 2, "processesPerNode": 2, "parallel": {"sequence": 4}}}),
-    (F, {"method": "gkd", "gkd": GKD, "tuner.lora": {"targetModules": ["q_proj", "lm_head"]}}),
     (F, {"method": "kto", "kto": {}, "training.perDeviceBatchSize": 2}),
     (F, {"method": "dpo", "dpo": {"lossType": ["sigmoid", "bcoPair", "sft"], "lossWeights": [0.8, 0.2, 1]}}),
     (F, {"method": "dpo", "dpo": {"lossType": ["exoPair"], "labelSmoothing": 1e-3}}),

@@ -54,10 +54,9 @@ TUNER = (
         field_path=".tuner.lora.bias",
     ),
     Rule(
-        "self.method == 'gkd' || !has(self.tuner.lora) || !has(self.tuner.lora.targetModules) || "
-        "!('lm_head' in self.tuner.lora.targetModules)",
-        "leave lm_head out but for gkd: the other methods read the head's weight past an adapter, or their model has "
-        "none; name it in tuner.lora.modulesToSave to tune it in full",
+        "!has(self.tuner.lora) || !has(self.tuner.lora.targetModules) || !('lm_head' in self.tuner.lora.targetModules)",
+        "leave lm_head out: losses read the head's weight past an adapter, and an adapter that is on it is published with "
+        "the whole head; name it in tuner.lora.modulesToSave to tune it in full",
         field_path=".tuner.lora.targetModules",
     ),
 )

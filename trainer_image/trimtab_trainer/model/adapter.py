@@ -83,17 +83,18 @@ def adapt(model: Any, lora: Lora, seed: int, new_tokens: Sequence[int] = (), tas
         raise Fault(Reason.SPEC_INVALID, f"tuner.lora: {first}", hint) from error
 
 
-def see_head(wrapped: Any, method: str, field: str) -> None:
-    """Raise Fault(SpecInvalid) when the adapter is on the head, where all methods but gkd would not see it.
+def see_head(wrapped: Any, field: str) -> None:
+    """Raise Fault(SpecInvalid) when the adapter is on the head.
 
-    They read the head's weight, and never hold the logits of a whole batch.
+    Losses read the head's weight past it, so as never to hold the logits of a whole batch. gkd's does not, and there PEFT
+    writes the whole head beside the adapter.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if method != "gkd" and isinstance(wrapped.get_output_embeddings(), BaseTunerLayer):
+    if isinstance(wrapped.get_output_embeddings(), BaseTunerLayer):
         raise Fault(
             Reason.SPEC_INVALID,
-            f"{field}: an adapter on the head would not be trained by {method}, which reads the head's weight past it",
+            f"{field}: an adapter on the head is not trained, or not published as an adapter",
             "Leave the head out, and name it in tuner.lora.modulesToSave to tune it in full.",
         )
 

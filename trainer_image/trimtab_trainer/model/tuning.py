@@ -47,7 +47,7 @@ def tune(
     assert base is not None, "an adapter has a base"
     if spec.tuner.continue_from is not None:
         wrapped = adapter.go_on(model, further[inputs.CONTINUED], base, inputs.CONTINUED)
-        adapter.see_head(wrapped, spec.method, inputs.CONTINUED)
+        adapter.see_head(wrapped, inputs.CONTINUED)
         return Tuned(wrapped)
     lora, terms = adapter.settings(spec), []
     for number in range(len(spec.tuner.adapters or ())):
@@ -56,7 +56,7 @@ def tune(
         terms.append(beneath.lower(further[name], name))
         beneath.take_in(model, terms[-1], name)
     wrapped = adapter.adapt(model, lora, spec.training.seed, new_tokens, head_of(spec).task)
-    adapter.see_head(wrapped, spec.method, "tuner.lora")
+    adapter.see_head(wrapped, "tuner.lora")
     beneath.see_covered(beneath.adapted_modules(wrapped), terms)
     if adapter.takes_out(lora):
         terms.append(_start(wrapped, config, kept))

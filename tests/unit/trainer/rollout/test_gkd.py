@@ -83,21 +83,6 @@ def test_student_nears_teacher(base: Path, teacher: Path, tmp_path: Path, tuner:
     assert after < before / 4, (before, after)
 
 
-def test_an_adapter_on_the_head_learns(base: Path, teacher: Path, tmp_path: Path) -> None:
-    """Whole distributions go through the head's own layer; other methods read its weight past the adapter."""
-    from safetensors.torch import load_file
-
-    plan = {**PLAN, "learningRate": 5e-3}
-    rows = lines([conversation(asked, answer) for asked in SEEN for answer in ("yes", "no")])
-    asked = {"teacher": {"from": {"fineTuneJob": {"name": "teacher"}}}, "lmbda": 0}
-    tuner = {"lora": {"targetModules": ["lm_head"], "dropout": 0}}
-    data = {"train": [{"from": {"inline": rows}}], "maxLength": 48}
-    run(job("gkd", base, tmp_path / "out", {FIELD: teacher}, dataset=data, training=plan, gkd=asked, tuner=tuner))
-    moved = load_file(tmp_path / "out/artifact/adapter_model.safetensors")
-    assert moved.keys() == {f"base_model.model.lm_head.lora_{side}.weight" for side in "AB"}
-    assert moved["base_model.model.lm_head.lora_B.weight"].abs().max() > 0.01
-
-
 @proves("gkd", "qlora")
 def test_a_quantised_student_nears_teacher_and_its_adapter_fits_the_whole_base(
     base: Path, teacher: Path, tmp_path: Path

@@ -265,6 +265,6 @@ def test_a_mixture_of_experts(tmp_path: Path, trained: list[Any]) -> None:
 
 def test_an_adapter_on_the_head_is_refused(base: Path, tmp_path: Path) -> None:
     """By a regular expression no rule sees it; the library would end with an error of its own."""
-    with pytest.raises(Fault, match="an adapter on the head would not be trained by sft") as caught:
+    with pytest.raises(Fault, match="an adapter on the head is not trained") as caught:
         tune(base, tmp_path / "out", {"lora": {"targetRegex": r".*(q_proj|lm_head)"}})
     assert caught.value.reason is Reason.SPEC_INVALID
