@@ -86,7 +86,7 @@ def adapt(model: Any, lora: Lora, seed: int, new_tokens: Sequence[int] = (), tas
 def see_head(wrapped: Any, field: str) -> None:
     """Raise Fault(SpecInvalid) when the adapter is on the head.
 
-    Losses read the head's weight past it, so as never to hold the logits of a whole batch. gkd's does not, and there PEFT
+    Losses read the head's weight past it, so as never to hold the logits of a batch. gkd's does not, and there PEFT
     writes the whole head beside the adapter.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
