@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -81,6 +82,8 @@ def _process(rank: int, port: int, alone: Sequence[Cell], first: Cell, together:
     from trimtab_trainer import workplace
     from trimtab_trainer.distributed import Group, Place
 
+    # As a rank does: a collection after each run does not look through the libraries.
+    gc.freeze()
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     workplace.log_to_stderr(rank)
@@ -138,8 +141,6 @@ def _run(cell: Cell, group: Any, work: Path) -> None:
 
 def _forget() -> None:
     """A run has its process for itself, and libraries leave their switches in it."""
-    import gc
-
     from accelerate.state import AcceleratorState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
