@@ -247,6 +247,8 @@ ROLLOUT_BASE = "base.json"
 ROLLOUT_END = "ended.json"
 ROLLOUT_MODEL = "base"
 """What the engine beside a trainer calls the model without an adapter."""
+ROLLOUT_READ = "read_anew"
+"""What its workers do when all weights are handed over: see trimtab_server.renewal."""
 ROLLOUT_CONTAINER = "rollout"
 """The engine's container in a trainer's pod."""
 

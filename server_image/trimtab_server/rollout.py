@@ -23,7 +23,7 @@ from trimtab_api.contract import ENGINE_PORT, ROLLOUT_BASE, ROLLOUT_END, ROLLOUT
 from trimtab_api.contract import RolloutBase as Base
 from trimtab_api.contract import RolloutEnd as End
 from trimtab_api.v1alpha1.modeldeployment import LoraRank
-from trimtab_server import engine
+from trimtab_server import engine, renewal
 
 log = logging.getLogger("trimtab.rollout")
 
@@ -75,7 +75,7 @@ def command(options: argparse.Namespace, base: Base, cpu: bool) -> list[str]:
         *("--dtype", base.dtype),
         *("--max-model-len", str(base.max_model_len)),
         *("--tensor-parallel-size", str(options.tensor_parallel_size)),
-        *_lora(base.max_lora_rank),
+        *_weights(base.max_lora_rank),
         # The model's own settings would fill in whatever a request leaves out.
         *("--generation-config", "vllm"),
         # Of the distribution that is drawn from, after temperature and top-p.
@@ -86,9 +86,10 @@ def command(options: argparse.Namespace, base: Base, cpu: bool) -> list[str]:
     ]
 
 
-def _lora(rank: int) -> list[str]:
+def _weights(rank: int) -> list[str]:
+    """How they are handed over: an adapter of this rank, or for 0 all of them."""
     if not rank:
-        return []
+        return ["--worker-extension-cls", renewal.EXTENSION]
     return ["--enable-lora", "--max-lora-rank", str(room(rank)), "--max-loras", "1", "--max-cpu-loras", "1"]
 
 

@@ -9,11 +9,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from trimtab_api.contract import RolloutBase
-from trimtab_server import rollout
+from trimtab_api.contract import ROLLOUT_READ, RolloutBase
+from trimtab_server import renewal, rollout
 
 BASE = RolloutBase(path="/work/run/model", dtype="bfloat16", max_model_len=96, max_lora_rank=12)
 
@@ -36,9 +37,41 @@ def test_the_command_takes_one_adapter_and_nothing_from_the_model_s_own_settings
 
 def test_all_weights_are_read_anew_in_the_developers_mode_alone() -> None:
     whole = BASE.model_copy(update={"max_lora_rank": 0})
-    assert "lora" not in " ".join(rollout.command(rollout.parser().parse_args([]), whole, cpu=True))
+    told = " ".join(rollout.command(rollout.parser().parse_args([]), whole, cpu=True))
+    assert "lora" not in told
+    assert " --worker-extension-cls trimtab_server.renewal.Renewal " in told
     modes = [rollout.environment({}, base, cpu=True)["VLLM_SERVER_DEV_MODE"] for base in (BASE, whole)]
     assert modes == ["0", "1"]
+
+
+class Part:
+    """A part of an engine's model, with the name that vLLM gives such a class."""
+
+    def __init__(self, packed: bool):
+        self.packed: list[Part] = []
+        if packed:
+            self.cpu_linear = self.packed.append
+        self.quant_method = SimpleNamespace(process_weights_after_loading=self.packed.append)
+
+
+class ParallelLMHead(Part):
+    """vLLM's name of a head."""
+
+
+def test_a_head_that_shares_the_embeddings_is_packed_again_where_it_is_packed() -> None:
+    layer, packed, plain = Part(packed=True), ParallelLMHead(packed=True), ParallelLMHead(packed=False)
+    read: list[str] = []
+
+    class Worker(renewal.Renewal):
+        model_runner = SimpleNamespace(model=SimpleNamespace(modules=lambda: [layer, packed, plain]))
+
+        def reload_weights(self, weights_path: str) -> None:
+            assert not packed.packed
+            read.append(weights_path)
+
+    getattr(Worker(), ROLLOUT_READ)(folder="/rollout/step-3")
+    assert read == ["/rollout/step-3"]
+    assert (layer.packed, packed.packed, plain.packed) == ([], [packed], [])
 
 
 @pytest.mark.parametrize(("rank", "wanted"), [(1, 8), (8, 8), (9, 16), (300, 320), (512, 512)])

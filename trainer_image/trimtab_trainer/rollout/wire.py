@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab_api.conditions import Reason
-from trimtab_api.contract import ENGINE_PORT, ROLLOUT_CONTAINER, ROLLOUT_END, RolloutEnd
+from trimtab_api.contract import ENGINE_PORT, ROLLOUT_CONTAINER, ROLLOUT_END, ROLLOUT_READ, RolloutEnd
 from trimtab_trainer.endings import Fault
 
 POLL_SECONDS = 0.3
@@ -70,7 +70,7 @@ class Wire:
 
     def reload(self, folder: Path) -> None:
         """Let the engine read all weights anew, and drop what it kept. Raises Fault(EngineFailed) when it does not."""
-        asked = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        asked = {"method": ROLLOUT_READ, "kwargs": {"folder": str(folder)}}
         self._post("/collective_rpc", asked, LOAD_SECONDS)
         said = self._post("/reset_prefix_cache", {}, LOAD_SECONDS)
         if "true" not in said:

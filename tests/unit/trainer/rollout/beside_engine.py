@@ -46,8 +46,8 @@ class BesideEngine:
                 return self._load(body["lora_name"], Path(body["lora_path"]))
             if path == "/v1/unload_lora_adapter":
                 return (200, "removed") if self._models.pop(body["lora_name"], None) else (404, "no such adapter")
-            if path == "/collective_rpc" and body["method"] == "reload_weights":
-                return self._reload(Path(body["kwargs"]["weights_path"]))
+            if path == "/collective_rpc" and body["method"] == "read_anew":
+                return self._reload(Path(body["kwargs"]["folder"]))
             if path == "/reset_prefix_cache":
                 return 200, '{"success":true}'
             return self._draw(body)
