@@ -31,6 +31,8 @@ WAYS = {
     "nodes": "two nodes",
     "pods": "as pods",
     "sequence": "sequence",
+    "tensor": "tensor",
+    "expert": "expert",
     "images": "images",
     "video": "video",
     "audio": "audio",

@@ -69,6 +69,12 @@ class Shape:
         return self.layers * (attention + forward + (self.hidden * self.experts if self.experts > 1 else 0))
 
     @property
+    def mixture(self) -> int:
+        """Weights of the experts that a token may visit; 0 without a mixture."""
+        width = 3 if self.gated else 2
+        return self.layers * width * self.hidden * self.inner * self.experts if self.experts > 1 else 0
+
+    @property
     def outer(self) -> int:
         """Weights of embeddings and head."""
         return self.vocabulary * self.hidden * (1 if self.tied else 2)
@@ -98,6 +104,10 @@ class Way:
     """Tokens of a row at most."""
     shared: int = 1
     """Processes that share a row's tokens (distributed.parallel.sequence)."""
+    tensor: int = 1
+    """Processes that share every matrix of a block (distributed.parallel.tensor)."""
+    expert: int = 1
+    """Processes that share the experts (distributed.parallel.expert)."""
     rank: int = 8
     bits: int = 16
     """Of the frozen weights' linear layers: 4 or 8 when they are packed."""
@@ -188,6 +198,8 @@ def way_of(spec: FineTuneJobSpec, resolved: ResolvedFineTune, shape: Shape, rank
         rows=spec.training.per_device_batch_size * (2 if spec.method in _PAIRS else 1),
         length=max(spec.dataset.max_length, (packing.length or 0) if packing else 0) + _answer(spec),
         shared=spec.distributed.parallel.sequence,
+        tensor=spec.distributed.parallel.tensor,
+        expert=spec.distributed.parallel.expert,
         rank=rank or (lora.rank if lora else 8),
         width=2 if narrow else 4,
         optimizer=spec.training.optimizer,
@@ -264,7 +276,7 @@ def activations(shape: Shape, way: Way) -> float:
     cast = 0.0
     if way.tuner == "full" and not way.pure and way.width < 4 and not way.strategy.startswith("zero"):
         # Autocast keeps a copy of each float32 weight in the arithmetic's precision until the pass is over.
-        cast = shape.parameters * way.width * (_share(way, "weights") if way.strategy == "fsdp2" else 1)
+        cast = _own(shape, way) * way.width * (_share(way, "weights") if way.strategy == "fsdp2" else 1)
     return tokens * (kept + logits + hidden) + cast
 
 
@@ -318,18 +330,23 @@ def text(amount: float) -> str:
     return f"{amount / GiB:.1f} GiB" if amount >= 0.1 * GiB else f"{amount / 2**20:.1f} MiB"
 
 
+def _own(shape: Shape, way: Way) -> float:
+    """Weights of the tuned model that a process holds where layers are shared; all of them elsewhere."""
+    return shape.parameters - shape.linear * (1 - 1 / way.tensor) - shape.mixture * (1 - 1 / way.expert)
+
+
 def _trainable(shape: Shape, way: Way) -> int:
     return shape.parameters if way.tuner == "full" else shape.adapter(way.rank) + way.extra_trainable
 
 
 def _state(shape: Shape, way: Way) -> tuple[float, float, float]:
     """Bytes of weights, gradients and optimiser in one process."""
-    trainable = _trainable(shape, way)
+    trainable: float = _own(shape, way) if way.tuner == "full" else _trainable(shape, way)
     masters = 0.0
     if way.tuner == "full":
         wide = way.width if way.pure else 4
         # The tuned model, and one like it to compare with.
-        held: float = shape.parameters * (2 if way.reference else 1)
+        held = _own(shape, way) * (2 if way.reference else 1)
         weights = held * wide
         if way.strategy in ("zero1", "zero2", "zero3") and not way.pure and way.width < 4:
             # DeepSpeed computes with narrow weights and gradients, and keeps wide weights beside the moments.

@@ -44,8 +44,8 @@ def resolve(spec: FineTuneJobSpec, image: str | None = None, output_uri: str | N
     tuner = spec.tuner.type or ("full" if spec.model.scratch or _asks_the_base(spec) else "lora")
     processes = processes_per_node(spec)
     world = spec.distributed.nodes * processes
-    # Processes that share a sequence take the same rows.
-    one_pass = max(1, world // spec.distributed.parallel.sequence) * spec.training.per_device_batch_size
+    # Processes that share a row take the same ones.
+    one_pass = max(1, world // spec.distributed.parallel.together) * spec.training.per_device_batch_size
     accumulation = spec.training.gradient_accumulation_steps or default_accumulation(spec, one_pass)
     truncation = spec.dataset.truncation
     loss = spec.dataset.loss
@@ -93,6 +93,8 @@ def strategy(spec: FineTuneJobSpec, tuner: str, world: int) -> ResolvedStrategy:
     if asked != "auto":
         return asked
     if not spec.learns or spec.training.optimizer != "adamw":
+        return "ddp"
+    if spec.distributed.parallel.tensor > 1 or spec.distributed.parallel.expert > 1:
         return "ddp"
     if tuner != "full" or (spec.model.scratch is not None and scratch_weights(spec.model.scratch) <= SMALL_SCRATCH):
         return "ddp"

@@ -216,3 +216,13 @@ def test_whoever_speaks_holds_the_weights_whole(strategy: str, whole: bool, tune
         assert found == silent
     assert not spoken("gkd", strategy, tuner, lmbda=0).speaks
     assert not spoken("grpo", strategy, tuner, rollout={"engine": "vllm"}).speaks
+
+
+def test_shared_layers_leave_each_process_its_part() -> None:
+    sizes = shape(QWEN)
+    alone, shared = (memory.estimate(sizes, replace(FULL, tensor=n, processes=n, strategy="ddp")) for n in (1, 4))
+    assert shared.weights_bytes == pytest.approx(4 * (sizes.linear / 4 + sizes.parameters - sizes.linear), rel=1e-6)
+    assert shared.optimizer_bytes == 2 * shared.weights_bytes < alone.optimizer_bytes / 2
+    mixture = replace(sizes, experts=8, inner=1024)
+    experts = memory.estimate(mixture, replace(FULL, expert=8, processes=8, strategy="ddp"))
+    assert experts.weights_bytes == pytest.approx(4 * (mixture.parameters - mixture.mixture * 7 / 8), rel=1e-6)

@@ -10,7 +10,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from trimtab_api.contract import RunConfig
 from trimtab_trainer import strategies
-from trimtab_trainer.strategies.fsdp import complete
+from trimtab_trainer.strategies.fsdp import as_accelerators, complete
 
 SAVES_IN_A_RUN = 10
 """Checkpoints in a run that says nothing of it."""
@@ -33,6 +33,7 @@ class UnnumberedCpu:
     """
 
     fsdp: Any
+    parallelism_config: Any
 
     @property
     def device(self) -> Any:
@@ -41,11 +42,13 @@ class UnnumberedCpu:
         return torch.device("cpu") if base.device.type == "cpu" else base.device
 
     def __post_init__(self) -> None:
-        """What FSDP needs beyond its settings."""
+        """What FSDP and shared layers need beyond their settings."""
         base: Any = super()
         base.__post_init__()
         if self.fsdp:
             complete(self)
+        if self.parallelism_config is not None:
+            as_accelerators(self)
 
     @property
     def n_gpu(self) -> int:

@@ -37,7 +37,7 @@ _OWNED = tuple(
         r"rng_state_(\d+)\.pth",
         r"window_(\d+)\.json",
         r"global_step\d+/(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_(?:optim|model)_states\.pt",
-        r"(?:pytorch_model_fsdp|optimizer)_0/__(\d+)_\d+\.distcp",
+        r"(?:pytorch_model_fsdp_0|optimizer_0|layers)/__(\d+)_\d+\.distcp",
     )
 )
 """Names of what a process other than the first writes, with its rank."""

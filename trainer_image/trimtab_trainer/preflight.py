@@ -63,6 +63,7 @@ from trimtab_trainer.model.loading import architecture, see_same_vocabulary
 from trimtab_trainer.model.scalar import see_one_output
 from trimtab_trainer.model.vision import model_type, see_senses
 from trimtab_trainer.output import open_output
+from trimtab_trainer.strategies.layers import see_splittable
 from trimtab_trainer.strategies.shareable import see_shareable
 from trimtab_trainer.template import CHATML, ChatTemplate, asked_for, special_tokens_in, template_in
 
@@ -244,8 +245,11 @@ def _described(source: ModelInput, config: RunConfig, local: LocalModel) -> None
     new = 0
     if source is config.model:
         quantisation.see_trainable(described, config, source.field, local.reference)
-        if (shared := config.spec.distributed.parallel.sequence) > 1:
-            see_shareable(described, shared, config.spec.dataset.max_length)
+        parallel = config.spec.distributed.parallel
+        if parallel.sequence > 1:
+            see_shareable(described, parallel.sequence, config.spec.dataset.max_length)
+        if parallel.tensor > 1 or parallel.expert > 1:
+            see_splittable(described, config)
         new = 0 if config.resolved.tuner_type == "full" else len(config.spec.model.new_tokens)
     _vocabulary(source, local, described.get("vocab_size"), new)
 

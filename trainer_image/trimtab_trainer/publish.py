@@ -316,6 +316,8 @@ def _write_model(model: Any, dtype: Any, folder: Path, gathered: dict[str, Any] 
     model.config.use_cache = writes
     if gathered is not None:
         model.config.dtype = dtype
+        # The library would gather what processes share once more, in all of them together.
+        vars(model.config).pop("distributed_config", None)
     elif dtype != torch.float32:
         model = model.to(dtype)
     model.save_pretrained(folder, safe_serialization=True, max_shard_size="5GB", state_dict=gathered)

@@ -58,6 +58,7 @@ from trimtab_trainer.output import publish as upload_whole
 from trimtab_trainer.preemption import StopTogether
 from trimtab_trainer.progress import Reporter
 from trimtab_trainer.strategies import gathering
+from trimtab_trainer.strategies.layers import Layers, see_split
 from trimtab_trainer.template import ChatTemplate, asked_for
 from trimtab_trainer.watch import Watch
 
@@ -300,7 +301,7 @@ class Run:
         dataset, place = self.config.spec.dataset, self.group.place
         if dataset.streaming is None:
             return None
-        shared = self.config.spec.distributed.parallel.sequence
+        shared = self.config.spec.distributed.parallel.together
         feeds = [open_feed(source, pins) for source in self.config.train]
         encoder = self.method.encoder(self.config, loaded, render)
         needs = self.method.needs(self.config)
@@ -374,6 +375,8 @@ class Run:
         pad, dtype = prepared.tokenizer.pad_token_id, weight_dtype(self.config)
         model = open_model(prepared.base, "model.from", dtype, self.head, spec.training.seed, pad, **self._loading())
         quantisation.keep_layout(model)
+        if isinstance(self.strategy, Layers):
+            see_split(model)
         whole = self.config.resolved.tuner_type == "full"
         embeddings.make_room(model, prepared.tokenizer, prepared.new_tokens, whole)
         loading.see_vocabulary(model, prepared.tokenizer, "model.from")
@@ -603,8 +606,8 @@ class Run:
             return prepared.collected
         skipped = prepared.stream.skipped
         first = next((each for each in self.group.all_of(skipped.first) if each), prepared.collected.first_skipped)
-        # Processes that share sequences read the same rows.
-        total = self.group.total(skipped.rows) // self.config.spec.distributed.parallel.sequence
+        # Processes that work at one row read the same ones.
+        total = self.group.total(skipped.rows) // self.config.spec.distributed.parallel.together
         return replace(prepared.collected, skipped=total, first_skipped=first)
 
 

@@ -560,16 +560,53 @@ SEQUENCE = (
         "distributed.parallel.sequence shares sequences under every strategy",
         field_path=".distributed.parallel.context",
     ),
-    Rule(
-        "self.distributed.parallel.tensor == 1",
-        "must be 1: the trainer's libraries cannot write a checkpoint of weights that are split this way; "
-        "zero3 and fsdp2 split the weights of every method",
-        field_path=".distributed.parallel.tensor",
+    *(
+        rule
+        for name in ("tensor", "expert")
+        for one in (f"self.distributed.parallel.{name} == 1",)
+        for field in (f".distributed.parallel.{name}",)
+        for rule in (
+            Rule(
+                f"{one} || self.distributed.parallel.sequence == 1",
+                "must be 1, or sequence be 1: no two of them were tried together",
+                field_path=field,
+            ),
+            Rule(
+                f"{one} || {_LANGUAGE}",
+                "must be 1, or method sft or pretrain: the other methods were not tried with it; zero3 and fsdp2 split "
+                "the weights of every method",
+                field_path=field,
+            ),
+            Rule(
+                f"{one} || (has(self.tuner.type) && self.tuner.type == 'full' && !has(self.model.scratch))",
+                "must be 1, or tuner.type be full and model.from be given: adapters do not know of layers that are "
+                "shared, and weights are shared as they are read",
+                field_path=field,
+            ),
+            Rule(
+                f"{one} || self.distributed.strategy in ['auto', 'ddp']",
+                "must be 1, or strategy auto: the other strategies split the same weights in their own way",
+                field_path=field,
+            ),
+            Rule(
+                f"{one} || !has(self.distributed.processesPerNode) || "
+                f"self.distributed.nodes * self.distributed.processesPerNode == self.distributed.parallel.{name}",
+                "must be distributed.nodes x distributed.processesPerNode: all processes share each layer",
+                field_path=field,
+            ),
+            Rule(
+                f"{one} || (!has(self.evaluation) && (!has(self.model.newTokens) || size(self.model.newTokens) == 0) "
+                "&& !self.training.pureBf16 && !has(self.training.neftuneAlpha) && "
+                "self.training.optimizer == 'adamw')",
+                "must be 1, or leave out evaluation, model.newTokens, training.pureBf16, neftuneAlpha and every "
+                "optimizer but adamw: they were not tried with layers that are shared",
+                field_path=field,
+            ),
+        )
     ),
     Rule(
-        "self.distributed.parallel.expert == 1",
-        "must be 1: the trainer's libraries cannot write a checkpoint of experts that are split this way; "
-        "zero3 and fsdp2 split experts as they split all weights",
+        "self.distributed.parallel.tensor == 1 || self.distributed.parallel.expert == 1",
+        "must be 1, or tensor be 1: no two of them were tried together",
         field_path=".distributed.parallel.expert",
     ),
 )

@@ -128,16 +128,21 @@ class Offload(Model):
 
 
 class Parallel(Model):
-    """How many processes work at one row together. All but sequence must be 1: what was tried is told in docs/parallel.md."""
+    """How many processes work at one row together. At most one of these is above 1."""
 
     sequence: Annotated[int, Field(ge=1, le=64)] = 1
     """Processes that share each sequence, for sequences that do not fit one device: each holds a part of the tokens and, in attention, a part of the heads (Ulysses). The other processes take other rows, so a step has as many rows as processes / sequence take. For pretrain and sft, of models that look at all tokens before."""
+    tensor: Annotated[int, Field(ge=1, le=64)] = 1
+    """Processes that share each layer: each holds a part of every matrix. All processes of the run, which then take the same rows. For full tuning with pretrain and sft, of models without experts."""
+    expert: Annotated[int, Field(ge=1, le=64)] = 1
+    """Processes that share the experts of a mixture: each holds some of them. All processes of the run, which then take the same rows. For full tuning with pretrain and sft."""
     context: Annotated[int, Field(ge=1, le=64)] = 1
     """Must be 1; sequence shares sequences in every strategy."""
-    tensor: Annotated[int, Field(ge=1, le=64)] = 1
-    """Must be 1; zero3 and fsdp2 split the weights of every method."""
-    expert: Annotated[int, Field(ge=1, le=64)] = 1
-    """Must be 1; zero3 and fsdp2 split experts as all weights."""
+
+    @property
+    def together(self) -> int:
+        """Processes that take the same rows."""
+        return self.sequence * self.tensor * self.expert
 
 
 class Distributed(Model):

@@ -90,6 +90,7 @@ def test_an_adapter_on_the_head(method: str) -> None:
 
 
 SHARED = {"parallel": {"sequence": 2}}
+FULL_TUNING = {"tuner": {"type": "full"}}
 
 
 @pytest.mark.parametrize(
@@ -105,8 +106,19 @@ SHARED = {"parallel": {"sequence": 2}}
         ),
         ({"distributed": SHARED, "training": {"neftuneAlpha": 5}}, "sequence", "length of a whole sequence"),
         ({"distributed": {"parallel": {"context": 2}}}, "context", "must be 1"),
-        ({"distributed": {"parallel": {"tensor": 2}}}, "tensor", "must be 1"),
-        ({"distributed": {"parallel": {"expert": 2}}}, "expert", "must be 1"),
+        *(
+            ({**FULL_TUNING, "distributed": {"parallel": {name: 2}, **spread}, **fields}, name, part)
+            for name in ("tensor", "expert")
+            for spread, fields, part in (
+                ({"parallel": {name: 2, "sequence": 2}}, {}, "or sequence be 1"),
+                ({}, {"method": "dpo"}, "method sft or pretrain"),
+                ({}, {"tuner": {}}, "or tuner.type be full"),
+                ({"strategy": "zero3"}, {}, "or strategy auto"),
+                ({"nodes": 4, "processesPerNode": 1}, {}, "all processes share each layer"),
+                ({}, {"training": {"pureBf16": True}}, "were not tried with layers that are shared"),
+            )
+        ),
+        ({**FULL_TUNING, "distributed": {"parallel": {"tensor": 2, "expert": 2}}}, "expert", "or tensor be 1"),
     ],
 )
 def test_processes_that_work_at_one_row(changes: dict[str, Any], field: str, part: str) -> None:

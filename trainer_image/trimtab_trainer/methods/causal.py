@@ -20,6 +20,7 @@ from trimtab_trainer.methods.observed import Observed
 from trimtab_trainer.methods.parts import Parts
 from trimtab_trainer.methods.vision import SeeingCollator, sight
 from trimtab_trainer.strategies import sequence
+from trimtab_trainer.strategies.layers import InParts
 
 
 class Collator:
@@ -49,7 +50,7 @@ class Collator:
         return batch
 
 
-class CausalTrainer(Observed, SFTTrainer):
+class CausalTrainer(InParts, Observed, SFTTrainer):
     """SFTTrainer without its metrics.
 
     `stream`: records in place of a data set; the trainer then counts steps alone and keeps the stream's place.
@@ -62,6 +63,14 @@ class CausalTrainer(Observed, SFTTrainer):
         super().__init__(**parts)
         self._stream = stream
         self._part = part
+        if self.in_parts:
+            self.gather_function = self.accelerator.gather_for_metrics = self._alike
+
+    def _alike(self, losses: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """The losses of rows that all processes evaluate alike, without what fills up the last batch."""
+        state = self.accelerator.gradient_state
+        left = int(state.remainder) if state.end_of_dataloader else 0
+        return losses[:left] if left > 0 and losses.ndim else losses
 
     def get_train_dataloader(self) -> Any:
         """Batches of the data set, or of this process's stream; where sequences are shared, its part of them."""
@@ -128,8 +137,8 @@ class CausalTrainer(Observed, SFTTrainer):
             log_probs = log_probs * (weights if sequence.SHIFTED in inputs else weights[:, 1:])
         loss = -log_probs.sum() / tokens.clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            # The count is over all processes, and DDP averages their gradients.
-            loss = loss * self.accelerator.num_processes
+            # The count is over all processes, and DDP averages their gradients; who takes the same rows counts once.
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         if self.aux_loss_enabled:
             # A mean of each forward pass; the accumulation adds them up when the tokens are counted beforehand.
             passes = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
@@ -138,6 +147,8 @@ class CausalTrainer(Observed, SFTTrainer):
 
     def count(self, inputs: Any) -> None:
         """Count the tokens of a batch, by its masks or, where documents stand in one row, by what it says."""
+        if self.in_parts and not self.accelerator.is_main_process:
+            return
         if TOKENS in inputs:
             self.tokens_seen += inputs[TOKENS].to(self.tokens_seen.device)
         else:

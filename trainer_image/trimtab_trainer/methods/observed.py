@@ -95,7 +95,8 @@ class Observed:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Nothing where the optimiser's checkpoint holds the weights: they would be gathered and written twice."""
         trainer: Any = self
-        if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+        in_parts = trainer.args.parallelism_config is not None
+        if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or in_parts):
             base: Any = super()
             base.save_model(output_dir, _internal_call)
 

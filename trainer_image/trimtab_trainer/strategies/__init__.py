@@ -8,6 +8,7 @@ from trimtab_api.conditions import Reason
 from trimtab_api.contract import RunConfig
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.strategies.fsdp import Fsdp2
+from trimtab_trainer.strategies.layers import Layers
 from trimtab_trainer.strategies.whole import Whole
 from trimtab_trainer.strategies.zero import Zero
 
@@ -55,18 +56,28 @@ def see_possible(config: RunConfig) -> None:
             f"distributed.offload: {config.spec.distributed.strategy} splits over several processes, and there is one",
             "Choose zero2 or zero3, which offload alone as well, or give more processes.",
         )
-    world, shared = config.resolved.world_size, config.spec.distributed.parallel.sequence
+    world, parallel = config.resolved.world_size, config.spec.distributed.parallel
+    shared = parallel.sequence
     if world % shared:
         raise Fault(
             Reason.SPEC_INVALID,
             f"distributed.parallel.sequence: {shared} processes cannot share a sequence where there are {world}",
             "Let it divide distributed.nodes x distributed.processesPerNode, or leave it out.",
         )
+    for name, size in (("tensor", parallel.tensor), ("expert", parallel.expert)):
+        if size > 1 and size != world:
+            raise Fault(
+                Reason.SPEC_INVALID,
+                f"distributed.parallel.{name}: {size} processes would share all layers, and there are {world}",
+                "Make it distributed.nodes x distributed.processesPerNode, or leave it out.",
+            )
 
 
 def of(config: RunConfig) -> Strategy:
     """The strategy that was resolved for the run."""
-    name = config.resolved.strategy
+    name, parallel = config.resolved.strategy, config.spec.distributed.parallel
+    if parallel.tensor > 1 or parallel.expert > 1:
+        return Layers(config)
     if name in ("zero1", "zero2", "zero3"):
         return Zero(config, stage=int(name[-1]))
     if name == "fsdp2":

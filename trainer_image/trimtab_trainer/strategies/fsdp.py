@@ -56,21 +56,28 @@ class Fsdp2:
 def complete(arguments: Any) -> None:
     """What the arguments of transformers cannot say of FSDP; called when they are made."""
     import torch
-    from accelerate.utils import DistributedType
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
-    settings, state = arguments.fsdp_plugin_args, arguments.distributed_state
+    settings = arguments.fsdp_plugin_args
     arithmetic = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     if arithmetic is not None:
         # By default sums of gradients, and of losses, would be in 16 bit as well.
         settings["mixed_precision_policy"] = MixedPrecisionPolicy(
             param_dtype=arithmetic, reduce_dtype=torch.float32, output_dtype=torch.float32
         )
-    if state.distributed_type == DistributedType.MULTI_CPU:
-        # accelerate splits weights over accelerators alone, and would silently copy them over CPUs: so it sees some.
-        state.distributed_type = DistributedType.MULTI_GPU
-        if settings.get("cpu_offload"):
-            settings["cpu_offload"] = CPUOffloadPolicy(pin_memory=False)
+    if as_accelerators(arguments) and settings.get("cpu_offload"):
+        settings["cpu_offload"] = CPUOffloadPolicy(pin_memory=False)
+
+
+def as_accelerators(arguments: Any) -> bool:
+    """Whether the run is on CPUs. accelerate splits over accelerators alone, and copies over CPUs: so it sees some."""
+    from accelerate.utils import DistributedType
+
+    state = arguments.distributed_state
+    if state.distributed_type != DistributedType.MULTI_CPU:
+        return False
+    state.distributed_type = DistributedType.MULTI_GPU
+    return True
 
 
 def split_layers(model: Any, arguments: Any) -> None:
