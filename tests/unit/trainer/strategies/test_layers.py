@@ -47,7 +47,7 @@ def made(folder: Path) -> Path:
         ids = {"vocab_size": len(loaded), "eos_token_id": loaded.eos_token_id, "pad_token_id": loaded.pad_token_id}
         if name == "moe":
             experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-            model: Any = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **ids, **experts, router_aux_loss_coef=0.0))
+            model: Any = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **ids, **experts, router_aux_loss_coef=0.05))
         else:
             model = LlamaForCausalLM(LlamaConfig(**SIZES, **ids, tie_word_embeddings=name == "tied"))
         model.save_pretrained(folder / name)
