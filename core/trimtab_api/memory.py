@@ -133,6 +133,8 @@ class Way:
     """Reward models, taken to be of the same shape: whole in every process."""
     speaks: bool = False
     """Answers are drawn, for which every process holds the whole weights."""
+    beside: bool = False
+    """An engine beside the trainer draws the answers."""
     reference: bool = False
     """Full tuning holds the model as it was, in the precision of its weights."""
     extra_trainable: int = 0
@@ -214,6 +216,7 @@ def way_of(spec: FineTuneJobSpec, resolved: ResolvedFineTune, shape: Shape, rank
         frozen_copies=sum(not inputs.gives_rewards(each) for each in beside),
         judges=sum(inputs.gives_rewards(each) for each in beside),
         speaks=_answer(spec) > 0 and not spec.asks_vllm,
+        beside=spec.asks_vllm,
         reference=resolved.tuner_type == "full" and _compares_with_itself(spec),
         extra_trainable=len(saved) * shape.vocabulary * shape.hidden,
         accelerated=accelerated,
@@ -295,9 +298,9 @@ def changes(shape: Shape, way: Way) -> Iterator[tuple[str, int]]:
         tried.append(("distributed.strategy: zero3", replace(way, strategy="zero3")))
     if way.tuner == "full":
         tried.append(("tuner.type: lora", replace(way, tuner="lora")))
-    elif way.bits == 16 and way.accelerated:
+    elif way.bits == 16 and way.accelerated and not way.beside:
         tried.append(("model.quantization: {method: bnb4}", replace(way, bits=4)))
-    if way.length > 512 and not way.speaks:
+    if way.length > 512 and not way.speaks and not way.beside:
         tried.append((f"dataset.maxLength: {way.length // 2}", replace(way, length=way.length // 2)))
     for words, other in tried:
         saved = now - estimate(shape, other).total_bytes

@@ -215,7 +215,12 @@ def test_whoever_speaks_holds_the_weights_whole(strategy: str, whole: bool, tune
     else:
         assert found == silent
     assert not spoken("gkd", strategy, tuner, lmbda=0).speaks
-    assert not spoken("grpo", strategy, tuner, rollout={"engine": "vllm"}).speaks
+    beside = spoken("grpo", strategy, tuner, rollout={"engine": "vllm"})
+    assert not beside.speaks
+    # What the rules refuse with it, or would cut answers as well, is no way out.
+    told = " ".join(words for words, _ in memory.changes(shape(QWEN), replace(beside, length=4096, accelerated=True)))
+    assert "quantization" not in told
+    assert "maxLength" not in told
 
 
 def test_shared_layers_leave_each_process_its_part() -> None:

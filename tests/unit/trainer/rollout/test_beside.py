@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 
 from tests.unit.trainer.conftest import StartRanks, training
@@ -18,7 +19,7 @@ from tests.unit.trainer.rollout.conftest import answered, job, logged, prompts, 
 from trimtab_api.conditions import Reason
 from trimtab_api.contract import Exit
 from trimtab_trainer.endings import Fault
-from trimtab_trainer.rollout import beside, wire
+from trimtab_trainer.rollout import beside, handing, wire
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -165,6 +166,16 @@ def test_all_ranks_of_a_pod_ask_one_engine_and_gather_for_it_what_is_split(
     assert ranks.end(140).exit is Exit.OK, ranks.log
     assert list(engine.adapters) == ["step-0", "step-1"]
     assert len({asked["seed"] for asked in engine.asked}) == len(engine.asked) == 2 * 16
+
+
+@pytest.mark.parametrize(
+    "more", [{"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"target_parameters": ["mlp.a"]}]
+)
+def test_an_adapter_that_goes_on_and_is_more_than_factors_is_refused(more: dict[str, Any]) -> None:
+    handing.see_plain(LoraConfig(r=8, use_rslora=True))
+    with pytest.raises(Fault, match=r"tuner\.continueFrom: the adapter has more") as raised:
+        handing.see_plain(LoraConfig(r=8, **more))
+    assert raised.value.reason is Reason.SPEC_INVALID
 
 
 def test_top_p_explains_likelier_tokens_and_no_others() -> None:
