@@ -18,6 +18,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import trimtab_store as store
@@ -38,7 +39,7 @@ from trimtab_trainer.data.media import see_alike, see_unpacked
 from trimtab_trainer.data.opened import Media, Named, gather, named
 from trimtab_trainer.data.preference import sides
 from trimtab_trainer.data.reading import Skipped, strictly
-from trimtab_trainer.data.rows import IMAGES, Row, shown
+from trimtab_trainer.data.rows import COLUMNS, IMAGES, Row, shown
 from trimtab_trainer.endings import Fault, ending_of
 from trimtab_trainer.evaluation import questions
 from trimtab_trainer.inputs import (
@@ -150,6 +151,7 @@ def check(config: RunConfig, work: Path) -> Ending:
         reason=Reason.INPUTS_SOUND,
         message=f"{rows} rows are sound"
         + ("" if measured is None else measured.told(collected.rows, config.resolved.truncation))
+        + (f" beside their {_shown(collected)}" if measured is not None and collected.shown else "")
         + ("" if whole else "; the rest is checked when the training starts")
         + collected.remark,
         pins=[*found, *code, *map(_pin, train), *map(_pin, feeds), *map(_pin, held)],
@@ -377,9 +379,15 @@ def _media(collected: Collected, config: RunConfig, folder: Path | None, into: P
         boxes(row)
 
 
+def _shown(collected: Collected) -> str:
+    """What rows show, which only the model's processor counts in tokens."""
+    return ", ".join(COLUMNS[kind] for kind in sorted(collected.shown))
+
+
 def _first(collected: Collected) -> Iterator[Named]:
     left = dict(OPENED)
-    for each in named(collected.train, "training"):
+    held = () if collected.validation is None else named(collected.validation, "validation")
+    for each in chain(named(collected.train, "training"), held):
         if left[each.kind] > 0:
             left[each.kind] -= 1
             yield each

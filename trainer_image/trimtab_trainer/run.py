@@ -37,6 +37,7 @@ from trimtab_trainer.inputs import MODEL_FILES, SMALL_MODEL_FILES, LocalModel, P
 from trimtab_trainer.merge.lineage import fetch_with_base
 from trimtab_trainer.methods import METHODS, Method, needs_of
 from trimtab_trainer.methods.parts import Parts
+from trimtab_trainer.methods.vision import sight_of, unsayable_of
 from trimtab_trainer.model import (
     adapter,
     embeddings,
@@ -229,15 +230,22 @@ class Run:
             new_tokens=new_tokens,
             processor=processor,
             media=media,
-            questions=self._questions(collected, loaded, render, stops, work / "questions.jsonl"),
+            questions=self._questions(collected, loaded, render, stops, standing, work / "questions.jsonl"),
         )
 
     def _questions(
-        self, collected: Collected, loaded: Any, render: Render | None, stops: list[int], into: Path
+        self,
+        collected: Collected,
+        loaded: Any,
+        render: Render | None,
+        stops: list[int],
+        standing: Standing | None,
+        into: Path,
     ) -> Path | None:
-        if self.config.spec.evaluation is None:
+        config = self.config
+        if config.spec.evaluation is None:
             return None
-        once_per_pod(self.group, lambda: questions.write(collected, self.config, loaded, render, stops, into))
+        once_per_pod(self.group, lambda: questions.write(collected, config, loaded, render, stops, into, standing))
         return into
 
     def _tokenised(self, key: str, tokenise: kept.Make, into: Path) -> tuple[Path, str]:
@@ -484,6 +492,8 @@ class Run:
             made_by=self._provenance(prepared).made_by(),
             folder=work / "predictions",
             splits_weights=self.strategy.splits_weights and self.group.place.world > 1,
+            look=sight_of(prepared.processor, prepared.media),
+            never=unsayable_of(prepared.processor, prepared.media),
         )
         return Evaluator(around, questions.read(prepared.questions), trainer, watch.answered)
 

@@ -57,6 +57,11 @@ class Root:
             return cls(path=path if path.is_dir() else path.parent)
         return cls()
 
+    @property
+    def place(self) -> str | None:
+        """What whole names begin with; None where only data: URIs have names."""
+        return self.s3.uri.rstrip("/") if self.s3 is not None else None if self.path is None else str(self.path)
+
     def name(self, kind: Kind, written: str, where: str, row: int) -> str:
         """The whole name of what is shown: a data: URI, an s3:// URI or a path in this pod."""
         if written.startswith("data:"):

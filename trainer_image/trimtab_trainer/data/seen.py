@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 from trimtab_api.conditions import Reason
@@ -44,6 +45,14 @@ class Standing:
     def marks(self, kind: Kind, name: str) -> list[int]:
         """What stands in its place in token ids."""
         return [-1 - self.media.index[kind, name]] * self.of(kind, name).count(self.placeholders[kind])
+
+    def marked(self, ids: Sequence[int], row: Row) -> list[int]:
+        """Token ids with marks in the place of placeholders; when they show the whole row again, again."""
+        marks: dict[int, list[int]] = defaultdict(list)
+        for kind, name in shown(row):
+            marks[self.ids[kind]] += self.marks(kind, name)
+        told = {token: cycle(values) for token, values in marks.items()}
+        return [next(told[token]) if token in told else token for token in ids]
 
 
 def spacious(render: Render, standing: Standing) -> Render:
@@ -87,17 +96,14 @@ class Seen:
         self._boxes = boxes
         self._encoder = encoder
         self._standing = standing
-        self._kinds = {token: kind for kind, token in standing.ids.items()}
+        self._placeholders = set(standing.ids.values())
         self._unlearnt = 0
 
     def encode(self, rows: list[Row]) -> Iterator[Mapping[str, Sequence[float]]]:
         """See sequences.Encoder."""
         for row in rows:
-            marks: dict[Kind, list[int]] = defaultdict(list)
-            for kind, name in shown(row):
-                marks[kind] += self._standing.marks(kind, name)
             for record in self._encoder.encode([self._boxes(row)]):
-                yield {name: self._marked(name, values, marks) for name, values in record.items()}
+                yield {name: self._marked(name, values, row) for name, values in record.items()}
 
     def conclude(self) -> Count:
         """See sequences.Encoder."""
@@ -105,18 +111,9 @@ class Seen:
         count.learnt -= self._unlearnt
         return count
 
-    def _marked(self, column: str, values: Sequence[float], marks: Mapping[Kind, list[int]]) -> Sequence[float]:
-        """Marks in the place of placeholders; each sequence of a record shows all that its row shows anew."""
+    def _marked(self, column: str, values: Sequence[float], row: Row) -> Sequence[float]:
         if column in _LABELS:
-            kept = [IGNORED if value in self._kinds else value for value in values]
-            self._unlearnt += sum(value in self._kinds for value in values)
+            kept = [IGNORED if value in self._placeholders else value for value in values]
+            self._unlearnt += sum(value in self._placeholders for value in values)
             return kept
-        if column not in _IDS or not marks:
-            return values
-        marked, places = list(values), dict.fromkeys(KINDS, 0)
-        for position, value in enumerate(values):
-            kind = self._kinds.get(int(value))
-            if kind is not None and marks.get(kind):
-                marked[position] = marks[kind][places[kind] % len(marks[kind])]
-                places[kind] += 1
-        return marked
+        return self._standing.marked([int(value) for value in values], row) if column in _IDS else values

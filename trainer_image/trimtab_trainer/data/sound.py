@@ -60,20 +60,20 @@ def _wave_is_cut(path: Path) -> bool:
 
 
 def samples(path: Path, sound: Sound, rate: int) -> Any:
-    """The samples at a rate, of all channels together, as float32 [samples] between -1 and 1.
+    """The samples at a rate, the mean of all channels, as float32 [samples] between -1 and 1.
 
     Raises Unreadable when it cannot be decoded.
     """
     import av
     import numpy
 
-    resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
+    resampler = av.AudioResampler(format="fltp", rate=rate)
     pieces: list[Any] = []
     try:
         with av.open(str(path)) as container:
             for frame in container.decode(audio=0):
-                pieces += [each.to_ndarray()[0] for each in resampler.resample(frame)]
-        pieces += [each.to_ndarray()[0] for each in resampler.resample(None)]
+                pieces += [each.to_ndarray().mean(axis=0) for each in resampler.resample(frame)]
+        pieces += [each.to_ndarray().mean(axis=0) for each in resampler.resample(None)]
     except (av.FFmpegError, OSError) as error:
         raise Unreadable(f"breaks off: {error}") from error
     whole, wanted = numpy.concatenate(pieces), sound.at(rate)

@@ -15,6 +15,7 @@ from trimtab_api.v1alpha1.status import Predictions
 from trimtab_trainer.distributed import Group, once
 from trimtab_trainer.evaluation import answering, predictions, scores
 from trimtab_trainer.evaluation.questions import Question
+from trimtab_trainer.methods.vision import Sight
 from trimtab_trainer.notice import Notice
 from trimtab_trainer.output import Output, publish
 from trimtab_trainer.rollout.engine import OwnModel, Sampling
@@ -42,6 +43,10 @@ class Surroundings:
     """Scratch space."""
     splits_weights: bool
     """Whether no process holds the weights whole."""
+    look: Sight = dict
+    """How prompts are looked at that show something."""
+    never: Sequence[int] = ()
+    """Tokens that an answer has none of."""
 
 
 class Evaluator:
@@ -66,6 +71,7 @@ class Evaluator:
             stops=around.stops,
             pad=around.tokenizer.pad_token_id,
             top_p=generate.top_p,
+            never=around.never,
         )
 
     def __call__(self, step: int, model: Any = None) -> Predictions:
@@ -75,7 +81,7 @@ class Evaluator:
         meanwhile.
         """
         around, trainer = self._around, self._trainer
-        engine = OwnModel(trainer, self._sampling, dict, model, together=around.splits_weights)
+        engine = OwnModel(trainer, self._sampling, around.look, model, together=around.splits_weights)
         seed, total = self._asked.generate.seed, len(self._questions)
         answers = answering.answer(
             engine,

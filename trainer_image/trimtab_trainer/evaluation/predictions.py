@@ -39,6 +39,7 @@ class Prediction:
         return {
             "row": asked.row,
             "messages": asked.messages,
+            **asked.shown,
             **({"tools": asked.tools} if asked.tools else {}),
             "reference": asked.reference,
             "completion": self.text,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from trimtab_trainer.data.collecting import Collected, rows_of, sample
 from trimtab_trainer.data.conversations import LEARNING
 from trimtab_trainer.data.masks import Render, render_prompt, render_row
 from trimtab_trainer.data.prompts import ANSWER
-from trimtab_trainer.data.rows import IMAGES, Row
+from trimtab_trainer.data.rows import COLUMNS, Row
+from trimtab_trainer.data.seen import Standing, spacious
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.evaluation.scores import COMPARING
 
@@ -40,6 +41,8 @@ class Asked:
     """What the row tells the chat template."""
     solution: str | None = None
     """The row's column of that name, where the method keeps it."""
+    shown: dict[str, list[str]] = field(default_factory=dict)
+    """Whole names of what the messages show, by column."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,14 @@ class Question:
 
     row: int
     prompt: list[int]
-    """Token ids, as a server renders them when it asks for the answer."""
+    """Token ids, as a server renders them when it asks for the answer; see data.seen for what they show."""
     messages: list[Message]
     tools: list[Any] | None
     reference: str | None
     """The row's answer as the template writes it, without special tokens and what ends it."""
     solution: str | None
+    shown: dict[str, list[str]] = field(default_factory=dict)
+    """Names of what the messages show, by column: as the row has them, data: URIs without their data."""
 
 
 def asked(collected: Collected, config: RunConfig) -> Iterator[Asked]:
@@ -96,9 +101,6 @@ def _asked(row: Row, number: int) -> Asked:
     if "text" in row:
         hint = "Give conversations in dataset.validation, or remove evaluation."
         raise Fault(Reason.DATA_INVALID, f"validation row {number}: plain text asks nothing", hint)
-    if row.get(IMAGES):
-        hint = "Take rows without images for validation, or remove evaluation."
-        raise Fault(Reason.DATA_INVALID, f"validation row {number}: evaluation answers text alone, no images", hint)
     said = [{key: value for key, value in message.items() if key not in LEARNING} for message in row["messages"]]
     answer = row.get(ANSWER)
     if answer is None and said[-1]["role"] == "assistant":
@@ -118,15 +120,23 @@ def _asked(row: Row, number: int) -> Asked:
         tools=row.get("tools"),
         options=row.get("chat_template_kwargs", {}),
         solution=None if solution is None else str(solution),
+        shown={column: row[column] for column in COLUMNS.values() if row.get(column)},
     )
 
 
 def write(
-    collected: Collected, config: RunConfig, tokenizer: Any, render: Render | None, stops: Sequence[int], into: Path
+    collected: Collected,
+    config: RunConfig,
+    tokenizer: Any,
+    render: Render | None,
+    stops: Sequence[int],
+    into: Path,
+    standing: Standing | None = None,
 ) -> int:
-    """Write the questions to a file, one a line; returns how many there are.
+    """Write the questions to a file, one a line; returns how many there are. `standing`: for what rows show.
 
-    Prompts longer than dataset.maxLength lose their beginning with truncation left, and are else left out and counted.
+    Prompts longer than dataset.maxLength lose their beginning with truncation left, and are else left out and counted;
+    so are those that show something.
     Raises what `asked` raises, and Fault(DataEmpty) when all are left out.
     """
     limit, left = config.spec.dataset.max_length, config.resolved.truncation == "left"
@@ -136,8 +146,11 @@ def write(
             if render is None:
                 problem = "the validation rows are conversations and the tokenizer has no chat template"
                 raise Fault(Reason.CHAT_TEMPLATE_MISSING, problem)
-            question = _in_tokens(each, tokenizer, render, set(stops))
-            if len(question.prompt) > limit and not left:
+            question = _in_tokens(each, tokenizer, spacious(render, standing) if standing else render, set(stops))
+            if standing is not None:
+                names = {column: _told(found, collected) for column, found in each.shown.items()}
+                question = replace(question, prompt=standing.marked(question.prompt, each.shown), shown=names)
+            if len(question.prompt) > limit and not (left and not each.shown):
                 too_long += 1
                 continue
             whole = asdict(question)
@@ -152,6 +165,18 @@ def write(
             "Raise dataset.maxLength, or remove evaluation.",
         )
     return count
+
+
+def _told(names: Sequence[str], collected: Collected) -> list[str]:
+    roots = [place for root in collected.roots if (place := root.place) is not None]
+    return [
+        f"{name[:40]}…" if name.startswith("data:") else _below(name, [root for root in roots if name.startswith(root)])
+        for name in names
+    ]
+
+
+def _below(name: str, roots: Sequence[str]) -> str:
+    return name.removeprefix(max(roots, key=len, default="")).lstrip("/")
 
 
 def read(path: Path) -> list[Question]:
@@ -177,7 +202,7 @@ def _in_tokens(each: Asked, tokenizer: Any, render: Render, stops: set[int]) -> 
 
 def _texts(each: Asked, render: Render) -> tuple[str, str]:
     """The prompt as a server renders it, and what the template writes for the row's answer."""
-    row = {"messages": each.messages, "tools": each.tools, "chat_template_kwargs": each.options}
+    row = {"messages": each.messages, "tools": each.tools, "chat_template_kwargs": each.options, **each.shown}
     if each.answer is None:
         return render_prompt(row, render), ""
     whole, spans = render_row({**row, "messages": [*each.messages, each.answer]}, render, "lastTurn")

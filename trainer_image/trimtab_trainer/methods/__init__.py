@@ -8,6 +8,7 @@ from trimtab_api.contract import RunConfig
 from trimtab_trainer.data import prompts
 from trimtab_trainer.data.collecting import Needs
 from trimtab_trainer.data.masks import Render
+from trimtab_trainer.data.rows import KINDS
 from trimtab_trainer.data.sequences import Encoder
 from trimtab_trainer.methods import (
     cpo,
@@ -65,4 +66,4 @@ METHODS: dict[str, Method] = {
 
 def needs_of(config: RunConfig) -> Needs:
     """What a job asks of rows: what its method asks, or, where nothing is learnt, that there is something to answer."""
-    return METHODS[config.spec.method].needs(config) if config.spec.learns else prompts.needed()
+    return METHODS[config.spec.method].needs(config) if config.spec.learns else prompts.needed(shown=KINDS)

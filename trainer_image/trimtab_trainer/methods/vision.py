@@ -27,12 +27,22 @@ TYPES = "mm_token_type_ids"
 
 def sight(parts: Parts) -> Sight:
     """How the batches of a run are looked at; nothing is done where its rows show nothing."""
-    return dict if parts.media is None else Looking(parts.processor, parts.media)
+    return sight_of(parts.processor, parts.media)
+
+
+def sight_of(processor: Any, media: Media | None) -> Sight:
+    """The same, before there are parts of a trainer."""
+    return dict if media is None else Looking(processor, media)
 
 
 def unsayable(parts: Parts) -> list[int]:
     """Tokens that a model may read and must not say, because an image, a video or a sound stands behind each."""
-    return [] if parts.media is None else list(Senses(parts.processor).ids.values())
+    return unsayable_of(parts.processor, parts.media)
+
+
+def unsayable_of(processor: Any, media: Media | None) -> list[int]:
+    """The same, before there are parts of a trainer."""
+    return [] if media is None else list(Senses(processor).ids.values())
 
 
 class SeeingCollator:

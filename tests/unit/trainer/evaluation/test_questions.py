@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import pytest
 from tests.unit.trainer.conftest import conversation, lines, run_config, spec
 from trimtab_api.contract import RunConfig
 from trimtab_trainer.data.collecting import Collected, collect
+from trimtab_trainer.data.media import Root
+from trimtab_trainer.data.opened import Media, Medium, Picture
+from trimtab_trainer.data.seen import Standing
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.evaluation import answering, questions
 from trimtab_trainer.evaluation.questions import Question
@@ -146,13 +150,30 @@ def test_what_cannot_be_asked(
         questions.see(collected, config)
 
 
-def test_images_cannot_be_asked(tmp_path: Path) -> None:
-    collected, config = made(tmp_path, "sft", [conversation("<image>what is it?", "a ship")])
+def test_what_a_question_shows_is_marked_and_named(tmp_path: Path) -> None:
+    """By its name below the rows' folder; the data of a data: URI is left out. It is never cut."""
+    data = "data:image/png;base64," + "A" * 4000
+    names = [f"{tmp_path}/ships/a.png", data]
+    collected, config = made(tmp_path, "sft", [conversation("<image><image>which is larger?", "the first")])
     assert collected.validation is not None
     row = json.loads(collected.validation.read_text())
-    collected.validation.write_text(json.dumps({**row, "images": ["ship.png"]}) + "\n")
-    with pytest.raises(Fault, match="validation row 1: evaluation answers text alone"):
-        questions.see(collected, config)
+    collected.validation.write_text(json.dumps({**row, "images": names}) + "\n")
+    collected = replace(collected, roots=(Root(path=tmp_path),))
+    shown = [Medium("image", Path(name), Picture(2, 2)) for name in names]
+    media = Media(shown, {("image", name): number for number, name in enumerate(names)}, "sha256:")
+    standing = Standing(media, {"image": "#"}, {"image": ord("#")}, lambda _: "###")
+    path = tmp_path / "questions.jsonl"
+
+    def render(messages: list[dict[str, Any]], **_: Any) -> str:
+        return "".join(
+            "#" if part["type"] == "image" else part["text"] for each in messages for part in each["content"]
+        )
+
+    questions.write(collected, config, Characters(), render, [STOP], path, standing)
+    [found] = questions.read(path)
+    assert found.prompt[:6] == [-1, -1, -1, -2, -2, -2]
+    assert min(found.prompt[6:]) > 0
+    assert found.shown == {"images": ["ships/a.png", data[:40] + "…"]}
 
 
 def test_nothing_to_compare_with_is_nothing_to_refuse_without_a_metric(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Short films for tests: one that is of one colour first and of another in the end."""
+"""Short films for tests, of one colour first and of another in the end; and tones."""
 
 from __future__ import annotations
 
@@ -58,16 +58,33 @@ def films(shades: Iterable[int], answered: bool = True, **columns: str) -> list[
 
 
 def file_of(rows: list[dict[str, Any]], folder: Path) -> Path:
-    """Rows in a file, with what they show as files beside it."""
+    """Rows in a file, with the film or the sound of each as a file beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     told = []
     for number, row in enumerate(rows):
-        [written] = row["videos"]
-        name = kept(folder, f"{number}.mp4", base64.b64decode(written.split(",", 1)[1]))
-        told.append({**row, "videos": [name]})
+        column, suffix = ("videos", "mp4") if "videos" in row else ("audios", "wav")
+        [written] = row[column]
+        name = kept(folder, f"{number}.{suffix}", base64.b64decode(written.split(",", 1)[1]))
+        told.append({**row, column: [name]})
     path = folder / "rows.jsonl"
     path.write_text(lines(told))
     return path
+
+
+def tone(seconds: float, hertz: float = 440, rate: int = 16000) -> bytes:
+    """A .wav file."""
+    import wave
+
+    import numpy
+
+    stream = io.BytesIO()
+    with wave.open(stream, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        phases = numpy.arange(int(seconds * rate)) * 2 * numpy.pi * hertz / rate
+        file.writeframes((numpy.sin(phases) * 20000).astype("<i2").tobytes())
+    return stream.getvalue()
 
 
 def kept(folder: Path, name: str, content: bytes) -> str:

@@ -226,6 +226,40 @@ def test_the_right_name_comes_first(tune: Tune, mistaken: Path) -> None:
     see_eyes_alone(mistaken, done.folder)
 
 
+def answered(folder: Path, step: int) -> tuple[Rows, dict[str, float]]:
+    """The lines of predictions.jsonl, and the figures."""
+    place = folder / f"predictions/{step:09d}"
+    lines = [json.loads(line) for line in (place / "predictions.jsonl").read_text().splitlines()]
+    return lines, json.loads((place / "metrics.json").read_text())["metrics"]
+
+
+def test_what_is_seen_is_answered(tune: Tune, mistaken: Path) -> None:
+    """Before and after a training, and without one."""
+    held = [shown(colour, shade, colour) for shade in UNSEEN for colour in COLOURS]
+    told = [shown(colour, shade, colour) for shade in SHADES for colour in COLOURS]
+    asked = {"generate": {"maxNewTokens": 8, "batchSize": 5}, "atStart": True}
+    plan = {"maxSteps": 20, "learningRate": 1e-2}
+    done = tune("sft", told, *held, tuner=LORA, training=plan, evaluation=asked)
+    _, before = answered(done.output, 0)
+    lines, after = answered(done.output, 20)
+    assert before["exactMatch"] < 0.4
+    assert after["exactMatch"] > 0.9
+    assert [line["messages"][-1]["content"] for line in lines] == [QUESTION] * len(held)
+    assert all(line["images"][0].startswith("data:image/png;base64,") for line in lines)
+    alone = tune(
+        "sft",
+        [],
+        *held,
+        name="alone",
+        training={"maxSteps": 0},
+        dataset={"train": []},
+        evaluation={**asked, "rows": 6, "atStart": False},
+    )
+    assert alone.ending.artifact is not None
+    assert alone.ending.artifact.kind == "predictions"
+    assert {line["completion"] for line in answered(alone.output, 0)[0]} <= set(COLOURS)
+
+
 @pytest.mark.parametrize("name", ["dpo", "sequence-classification"])
 def test_the_example_runs_as_it_is(name: str, mistaken: Path, tmp_path: Path) -> None:
     _, wanted = yamlfile.read(EXAMPLES / f"{name}.yaml")

@@ -23,14 +23,15 @@ from tests.unit.trainer.images.conftest import (
     UNSEEN,
     others,
     painted,
+    run_config_here,
     run_here,
     see_eyes_alone,
 )
-from tests.unit.trainer.images.films import ASKED, FRAMES, RATE, file_of, film, filmed, films, kept
+from tests.unit.trainer.images.films import ASKED, FRAMES, RATE, file_of, film, filmed, films, kept, tone
 from trimtab_api.conditions import Reason
 from trimtab_api.contract import DataInput
 from trimtab_api.v1alpha1.dataset import Multimodal
-from trimtab_trainer import preflight
+from trimtab_trainer import preflight, yamlfile
 from trimtab_trainer.data.film import Film, frames
 from trimtab_trainer.data.media import tagged
 from trimtab_trainer.data.opened import Named, Picture, gather
@@ -45,6 +46,7 @@ pytestmark = pytest.mark.timeout(300)
 
 FULL: dict[str, Any] = {"type": "full"}
 LORA: dict[str, Any] = {"lora": {"rank": 8, "dropout": 0}}
+EXAMPLES = Path(__file__).resolve().parents[4] / "examples" / "images"
 
 
 def family(name: str, folder: Path, base: Path) -> Path:
@@ -246,6 +248,13 @@ def test_films_are_pretrained_on(mistaking: Path, tmp_path: Path) -> None:
     see_eyes_alone(mistaking, done.folder)
 
 
+def test_the_example_runs_as_it_is(mistaking: Path, tmp_path: Path) -> None:
+    _, wanted = yamlfile.read(EXAMPLES / "video.yaml")
+    done = run_config_here(run_config(wanted, tmp_path / "out", model=mistaking))
+    assert done.ending.artifact is not None
+    see_eyes_alone(mistaking, done.folder)
+
+
 # ------------------------------------------------------------ rows
 
 
@@ -280,7 +289,9 @@ def test_films_are_opened_before_the_training(seeing: Path, tmp_path: Path) -> N
         "is cut short": _cut(matroska(20)),
     }
     file_of(films(SHADES[:1]), tmp_path)
-    assert preflighted(tmp_path, seeing).reason is Reason.INPUTS_SOUND
+    sound = preflighted(tmp_path, seeing)
+    assert sound.reason is Reason.INPUTS_SOUND
+    assert "in the longest row beside their videos" in sound.message
     for said, content in wrong.items():
         shutil.rmtree(tmp_path / "work")
         kept(tmp_path, "2.mp4", content)
@@ -308,22 +319,6 @@ def matroska(frames: int) -> bytes:
             picture = noise.integers(0, 255, (SIDE, SIDE, 3), dtype=numpy.uint8)
             container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(video.encode())
-    return stream.getvalue()
-
-
-def tone(seconds: float, hertz: float = 440, rate: int = 16000) -> bytes:
-    """A .wav file."""
-    import wave
-
-    import numpy
-
-    stream = io.BytesIO()
-    with wave.open(stream, "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(rate)
-        phases = numpy.arange(int(seconds * rate)) * 2 * numpy.pi * hertz / rate
-        file.writeframes((numpy.sin(phases) * 20000).astype("<i2").tobytes())
     return stream.getvalue()
 
 
