@@ -1,4 +1,4 @@
-"""vLLM beside the trainer, in its pods: it draws from the weights of each step."""
+"""vLLM beside the trainer, in its pods: it draws from the weights of each step, and the attempt ends with it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.test_3_methods import STEPS, shown
-from tests.e2e.workspace import Workspace
+from tests.e2e.workspace import Workspace, eventually, kill_processes
 
 
 def asking(name: str, rate: float, **changes: Any) -> dict[str, Any]:
@@ -44,3 +44,23 @@ def test_an_engine_beside_the_trainer_draws_from_the_weights_as_they_are(
         if tuner == "lora" and pod["metadata"]["name"].endswith("master-0"):
             told = line.kubectl("logs", pod["metadata"]["name"], "-c", "rollout")
             assert [f"'step-{step}'" in told for step in range(STEPS + 1)] == [True] * STEPS + [False]
+
+
+@pytest.mark.timeout(900)
+def test_an_attempt_ends_with_its_engine_and_the_next_goes_on(line: Workspace) -> None:
+    line.until_true("finetunejob", "base", 240)
+    document = asking("grpo-vllm-dies", 1e-4)
+    document["spec"]["training"]["maxSteps"] = 20
+    line.apply(document)
+    line.until_step("grpo-vllm-dies", 2, 300)
+    assert kill_processes("grpo-vllm-dies-1-", "vllm.entrypoints")
+
+    def told() -> str | None:
+        attempts = line.get("finetunejob", "grpo-vllm-dies")["status"]["attempts"]
+        found: str | None = attempts[0].get("reason")
+        return found
+
+    assert eventually(told, 120, "the first attempt does not end") == "EngineFailed"
+    job = line.until_true("finetunejob", "grpo-vllm-dies", 300)
+    assert job["status"]["attempt"] == 2
+    assert job["status"]["progress"]["step"] == 20
