@@ -67,7 +67,8 @@ class Engine:
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._asking = asyncio.Lock()
         self._wake = asyncio.Event()
-        self._answered = time.monotonic()
+        self._silent_since: float | None = None
+        """When the first of the questions began that it has left unanswered since."""
 
     @property
     def answers(self) -> bool:
@@ -102,18 +103,19 @@ class Engine:
         try:
             names = await self._list()
         except TimeoutError:
-            # A busy engine may be slow to answer: one silence proves nothing.
-            if began - self._answered > HUNG_SECONDS:
+            # A busy engine may be slow to answer, and so may this process be to listen: one silence proves nothing.
+            self._silent_since = began if self._silent_since is None else self._silent_since
+            if began - self._silent_since > HUNG_SECONDS:
                 self._believe(Life.HUNG, frozenset())
             return
         except aiohttp.ClientError:
-            self._answered = time.monotonic()
+            self._silent_since = None
             self._believe(Life.ABSENT, frozenset())
             return
         except (KeyError, TypeError, ValueError) as error:
             log.warning("GET /v1/models of the engine is not a list of models: %s", error)
             names = frozenset()
-        self._answered = time.monotonic()
+        self._silent_since = None
         ours = self.base_name is not None and self.base_name in names
         if ours and not self.answers and not await self._generates(str(self.base_name)):
             return

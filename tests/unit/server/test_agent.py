@@ -314,7 +314,7 @@ async def test_an_engine_that_restarts_between_two_looks_gets_its_adapters_back(
 
 
 async def test_an_engine_that_hangs_is_told_to_the_kubelet(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_room, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(engine_room, "ANSWER_SECONDS", 0.3)
     monkeypatch.setattr(engine_room, "HUNG_SECONDS", 0.5)
     bench.want()
     await bench.start_agent()
@@ -327,6 +327,23 @@ async def test_an_engine_that_hangs_is_told_to_the_kubelet(bench: Bench, monkeyp
     bench.engine.silent = False
     await bench.until_ready()
     assert await bench.status("/healthz/engine") == 200
+
+
+async def test_one_silence_is_no_hang_however_late_the_agent_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_room, "HUNG_SECONDS", 0.1)
+    async with aiohttp.ClientSession() as session:
+        room = engine_room.Engine(session, "http://127.0.0.1:1", lambda: None)
+
+        async def silent() -> frozenset[str]:
+            raise TimeoutError
+
+        monkeypatch.setattr(room, "_list", silent)
+        await asyncio.sleep(0.2)
+        await room.refresh()
+        assert room.life is engine_room.Life.ABSENT
+        await asyncio.sleep(0.2)
+        await room.refresh()
+        assert room.life is engine_room.Life.HUNG
 
 
 async def test_a_client_that_goes_away_takes_its_request_with_it(bench: Bench) -> None:
