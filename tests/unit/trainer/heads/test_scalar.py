@@ -127,7 +127,7 @@ def test_an_adapter_comes_with_its_base(local: LocalModel, tmp_path: Path) -> No
 
 
 def test_a_head_on_eyes_is_loaded_whole(local: LocalModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scalar.vision, "sees", lambda _folder: True)
+    monkeypatch.setattr(scalar.vision, "senses", lambda _folder: {"image"})
     monkeypatch.setattr(scalar.vision, "scalar_class", lambda *_: None)
     with pytest.raises(Fault, match="neither quantised nor over devices"):
         scalar.load(local, "model.from", torch.float32, labels=1, seed=1, pad_token_id=0, device_map="auto")
