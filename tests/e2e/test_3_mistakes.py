@@ -22,7 +22,7 @@ KNOWABLE = 45
 def work(cluster: Cluster) -> Iterator[Workspace]:
     made = workspace_named(cluster, "e2e-mistakes")
     yield made
-    cluster.kubectl("delete", "namespace", made.namespace, "--wait", timeout=240)
+    made.remove()
 
 
 def scratch(name: str, rows: str | None = None, uri: str | None = None) -> dict[str, Any]:

@@ -50,6 +50,11 @@ class Workspace:
         else:
             self.kubectl("apply", "-f", "-", stdin=json.dumps(document))
 
+    def remove(self) -> None:
+        """Delete the namespace, the jobs first: it waits half of its pods' grace before it looks at them again."""
+        self.kubectl("delete", "finetunejobs,mergejobs,modeldeployments", "--all", "--wait", timeout=180)
+        self.cluster.kubectl("delete", "namespace", self.namespace, "--wait", timeout=240)
+
     def patch(self, kind: str, name: str, spec: dict[str, Any]) -> None:
         self.kubectl("patch", kind, name, "--type=merge", "-p", json.dumps({"spec": spec}))
 
