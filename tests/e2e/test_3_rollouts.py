@@ -22,7 +22,7 @@ def asking(name: str, rate: float, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("tuner", "nodes"), [("lora", 1), ("full", 1), ("lora", 2)])
+@pytest.mark.parametrize(("tuner", "nodes"), [("full", 1), ("lora", 2)])
 def test_an_engine_beside_the_trainer_draws_from_the_weights_as_they_are(
     line: Workspace, tuner: str, nodes: int
 ) -> None:
