@@ -13,14 +13,14 @@ from trimtab_trainer.data.collecting import Needs
 from trimtab_trainer.data.conversations import parsed
 from trimtab_trainer.data.masks import Render
 from trimtab_trainer.data.reading import broken
-from trimtab_trainer.data.rows import KINDS, Row
+from trimtab_trainer.data.rows import IMAGES_ALONE, Row
 from trimtab_trainer.data.sequences import TARGETS, Count
 from trimtab_trainer.data.whole import Tokeniser
 
 
 def needs(asked: Classification) -> Needs:
     """What the method asks of rows."""
-    return Needs(answer=False, text_allowed=True, shown=KINDS, complete=partial(_labelled, asked))
+    return Needs(answer=False, text_allowed=True, shown=IMAGES_ALONE, complete=partial(_labelled, asked))
 
 
 def _labelled(asked: Classification, raw: Mapping[str, Any], standard: Row, where: str, row: int) -> Row:

@@ -19,7 +19,7 @@ from trimtab_trainer.data.conversations import LEARNING, Message, Place, parsed
 from trimtab_trainer.data.masks import Render
 from trimtab_trainer.data.media import see_prompt_alone
 from trimtab_trainer.data.reading import broken
-from trimtab_trainer.data.rows import KINDS, MESSAGES, QUERY, SHAREGPT, Row, see_turns, string
+from trimtab_trainer.data.rows import IMAGES_ALONE, MESSAGES, QUERY, SHAREGPT, Row, see_turns, string
 from trimtab_trainer.data.sequences import Count, Shaping, fit, judge, labels, weighed
 
 log = logging.getLogger(__name__)
@@ -33,12 +33,12 @@ _PAIR_HINT = (
 
 def pairs_needed() -> Needs:
     """What a method asks of rows that compares two answers."""
-    return Needs(answer=True, text_allowed=True, reshape=_from_chosen, shown=KINDS, complete=_pair)
+    return Needs(answer=True, text_allowed=True, reshape=_from_chosen, shown=IMAGES_ALONE, complete=_pair)
 
 
 def judgements_needed() -> Needs:
     """What a method asks of rows that learns from single answers, each good or bad; pairs are taken apart."""
-    return Needs(answer=True, text_allowed=True, reshape=_from_completion, shown=KINDS, complete=_judgement)
+    return Needs(answer=True, text_allowed=True, reshape=_from_completion, shown=IMAGES_ALONE, complete=_judgement)
 
 
 def sides(row: Row) -> list[Row]:

@@ -19,7 +19,7 @@ from trimtab_trainer.data.conversations import parsed
 from trimtab_trainer.data.embedding import columns_like, texts, turns
 from trimtab_trainer.data.masks import Render
 from trimtab_trainer.data.reading import broken
-from trimtab_trainer.data.rows import KINDS, Row
+from trimtab_trainer.data.rows import IMAGES_ALONE, Row
 from trimtab_trainer.data.sequences import TARGETS, Count
 from trimtab_trainer.data.whole import Tokeniser, joined
 
@@ -29,7 +29,7 @@ _NEGATIVES = re.compile(r"negatives?(_\d+)?|neg")
 
 def needs(asked: Reranker) -> Needs:
     """What the method asks of rows."""
-    return Needs(answer=False, text_allowed=False, shown=KINDS, complete=partial(_ranked, asked))
+    return Needs(answer=False, text_allowed=False, shown=IMAGES_ALONE, complete=partial(_ranked, asked))
 
 
 def _ranked(asked: Reranker, raw: Mapping[str, Any], standard: Row, where: str, row: int) -> Row:

@@ -39,6 +39,8 @@ RESPONSE = (
 Kind = Literal["image", "video", "audio"]
 """What a message may show beside text."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
+IMAGES_ALONE: tuple[Kind, ...] = ("image",)
+"""What methods look at that were proved on images and on nothing else."""
 IMAGES = "images"
 COLUMNS: dict[Kind, str] = {"image": IMAGES, "video": "videos", "audio": "audios"}
 """Columns of a standard row with the whole names of what its messages show."""

@@ -9,7 +9,7 @@ from trimtab_api.v1alpha1.rollout import Gkd
 from trimtab_trainer.data import prompts
 from trimtab_trainer.data.collecting import Needs
 from trimtab_trainer.data.masks import Render
-from trimtab_trainer.data.rows import KINDS
+from trimtab_trainer.data.rows import IMAGES_ALONE
 from trimtab_trainer.data.sequences import Encoder
 from trimtab_trainer.methods.parts import Parts
 
@@ -19,7 +19,7 @@ class Distilled:
 
     def needs(self, config: RunConfig) -> Needs:
         """Conversations that end with an answer; prompts will do when the student always answers itself."""
-        shown = () if config.spec.asks_vllm else KINDS
+        shown = () if config.spec.asks_vllm else IMAGES_ALONE
         return prompts.needed(answer=knobs(config).lmbda < 1, shown=shown)
 
     def encoder(self, config: RunConfig, tokenizer: Any, render: Render | None) -> Encoder:

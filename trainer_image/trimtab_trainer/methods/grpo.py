@@ -11,7 +11,7 @@ from trimtab_trainer import rewards
 from trimtab_trainer.data import prompts
 from trimtab_trainer.data.collecting import Needs
 from trimtab_trainer.data.masks import Render
-from trimtab_trainer.data.rows import KINDS
+from trimtab_trainer.data.rows import IMAGES_ALONE
 from trimtab_trainer.data.sequences import Encoder
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.methods.parts import Parts
@@ -37,7 +37,7 @@ class GroupRelative:
             )
         # A reward model reads conversations as text, and an engine beside the trainer is asked in tokens.
         seeing = not config.spec.asks_vllm and all(reward.reward_model is None for reward in asked.rewards)
-        return prompts.needed(*_columns_read(config), shown=KINDS if seeing else ())
+        return prompts.needed(*_columns_read(config), shown=IMAGES_ALONE if seeing else ())
 
     def encoder(self, config: RunConfig, tokenizer: Any, render: Render | None) -> Encoder:
         """Prompts as a server would be asked them."""

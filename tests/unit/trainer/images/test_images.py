@@ -18,18 +18,20 @@ from tests.unit.trainer.conftest import StartRanks, conversation, history, lines
 from tests.unit.trainer.images.conftest import COLOURS, QUESTION, painted
 from trimtab_api.conditions import Reason
 from trimtab_api.contract import DataInput, Exit
-from trimtab_trainer import preflight
+from trimtab_trainer import preflight, yamlfile
 from trimtab_trainer.data.collecting import PartReader
 from trimtab_trainer.data.media import Root, attached, tagged
 from trimtab_trainer.data.opened import Media, Named, Picture, gather
+from trimtab_trainer.data.rows import KINDS
 from trimtab_trainer.data.seen import Seen, Standing, spacious
 from trimtab_trainer.endings import Fault
 from trimtab_trainer.inputs import SMALL_MODEL_FILES
-from trimtab_trainer.methods import METHODS
+from trimtab_trainer.methods import METHODS, needs_of
 from trimtab_trainer.model import tokenizer, vision
 from trimtab_trainer.model.senses import Senses
 from trimtab_trainer.template import ChatTemplate
 
+EXAMPLES = Path(__file__).resolve().parents[4] / "examples"
 ROWS = {"train": [{"from": {"volume": {"claimName": "c", "path": "rows.jsonl"}}}], "maxLength": 64}
 
 
@@ -308,3 +310,14 @@ def test_the_preflight_opens_images_and_asks_for_eyes(pictures: Path, seeing: Pa
     with pytest.raises(Fault) as caught:
         preflight.check(config(seeing, torn, tmp_path / "out"), tmp_path / "broken")
     assert "images/red-28.png does not open" in caught.value.message
+
+
+# grpo-python reads its functions, which a pod has and this computer has not.
+METHOD_EXAMPLES = [path for path in sorted((EXAMPLES / "methods").glob("*.yaml")) if path.stem != "grpo-python"]
+
+
+@pytest.mark.parametrize("example", METHOD_EXAMPLES, ids=lambda path: path.stem)
+def test_films_and_sound_are_for_the_methods_that_were_proved_on_them(example: Path, tmp_path: Path) -> None:
+    _, wanted = yamlfile.read(example)
+    shown = set(needs_of(run_config(wanted, tmp_path)).shown)
+    assert shown == set(KINDS) if wanted.method in ("pretrain", "sft") else shown <= {"image"}
